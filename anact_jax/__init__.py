@@ -1,0 +1,30 @@
+"""Adaptive normalization for activation functions in JAX: the pure functions.
+
+The Flax modules live in `anact_jax.linen`; importing this package does not import Flax.
+"""
+
+from anact_jax.activations import ACTIVATIONS, Activation, activation
+from anact_jax.factors import REFERENCES, RULES, Gains, Normalization, gains, normalization
+from anact_jax.gaussian import gaussian_stats
+from anact_jax.normalize import anact, normalize
+from anact_jax.running import informative, update_stats
+from anact_jax.statistics import Stats, activation_stats
+
+__all__ = [
+    "ACTIVATIONS",
+    "REFERENCES",
+    "RULES",
+    "Activation",
+    "Gains",
+    "Normalization",
+    "Stats",
+    "activation",
+    "activation_stats",
+    "anact",
+    "gains",
+    "gaussian_stats",
+    "informative",
+    "normalization",
+    "normalize",
+    "update_stats",
+]

@@ -1,0 +1,78 @@
+"""Statistics of an activation under a normal input: the reference before any batch was seen."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from numpy.polynomial.legendre import leggauss
+
+from anact_jax.activations import Activation
+from anact_jax.statistics import Stats, value_and_slope, wide_dtype
+
+_REACH = 10.0  # standard deviations covered on each side; beyond lies 2e-23 of the mass
+_PANELS = 128
+_NODES = 8
+
+
+def _half_line() -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights on [0, 1]: `_PANELS` Gauss-Legendre panels of equal width."""
+    nodes, weights = leggauss(_NODES)
+    left = np.arange(_PANELS)[:, None]
+    return ((left + (nodes + 1) / 2) / _PANELS).ravel(), np.tile(weights / (2 * _PANELS), _PANELS)
+
+
+def gaussian_stats(
+    f: Activation, mean: Float[Array, "..."] | float = 0.0, std: Float[Array, "..."] | float = 1.0
+) -> Stats:
+    """Moments of x, f(x) and f'(x) for x ~ N(mean, std^2), by quadrature.
+
+    Gauss-Legendre panels weighted with the normal density, cut at x = 0, where most activations
+    have their kink. That is exact to rounding for functions smooth on either side of 0 (a
+    Gauss-Hermite rule of 100 nodes misses ReLU's mean by 1e-2), and good to 2e-3 for a jump of
+    height 1 in f' anywhere else.
+
+    Args:
+        f: any elementwise JAX function.
+        mean: mean of the input, a scalar or an array.
+        std: standard deviation of the input, >= 0, broadcastable with `mean`.
+
+    Returns:
+        `Stats` of the broadcast shape of `mean` and `std`, with `count` 0. With `std` 0 all the mass
+        sits at `mean` and both variances are 0.
+
+    Raises:
+        ValueError: `std` is a negative number, `mean` or `std` is not finite, or
+            f changes the shape.
+        TypeError: f(x) is not real floating point.
+
+    >>> import jax
+    >>> stats = gaussian_stats(jax.nn.relu)
+    >>> round(float(stats.mean_out), 4), round(float(stats.var_out), 4), round(float(stats.slope_sq), 4)
+    (0.3989, 0.3408, 0.5)
+    """
+    for name, value in (("mean", mean), ("std", std)):
+        if isinstance(value, int | float | np.ndarray) and not np.all(np.isfinite(value)):
+            raise ValueError(f"{name} must be finite, got {value}")
+    if isinstance(std, int | float | np.ndarray) and np.any(np.asarray(std) < 0):
+        raise ValueError(f"std must be >= 0, got {std}")
+    dtype = wide_dtype(jnp.result_type(float))
+    mean, std = (jnp.asarray(value, dtype)[..., None] for value in jnp.broadcast_arrays(mean, std))
+    unit, unit_weight = (jnp.asarray(values, dtype) for values in _half_line())
+    unit, unit_weight = (values.reshape((1,) * (mean.ndim - 1) + (-1,)) for values in (unit, unit_weight))
+
+    # Where x = 0 falls on the standard normal's axis; outside its reach one side is empty.
+    cut = jnp.clip(-mean / jnp.where(std > 0, std, 1), -_REACH, _REACH)
+    below, above = cut + _REACH, _REACH - cut
+    z = jnp.concatenate([cut - below * unit, cut + above * unit], axis=-1)
+    density = jnp.exp(-(z**2) / 2)
+    weight = density * jnp.concatenate([below * unit_weight, above * unit_weight], axis=-1)
+    weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+
+    y, slope = value_and_slope(f, mean + std * z)
+
+    def expectation(values: Array) -> Array:
+        return jnp.sum(weight * values, axis=-1)
+
+    mean_out = expectation(y)
+    var_out = expectation((y - mean_out[..., None]) ** 2)
+    mean, std = mean[..., 0], std[..., 0]
+    return Stats(jnp.zeros_like(mean), mean, std**2, mean_out, var_out, expectation(slope**2))

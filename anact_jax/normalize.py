@@ -1,0 +1,122 @@
+"""The normalized activation itself, and one step of it with its running statistics."""
+
+from collections.abc import Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from anact_jax.activations import Activation
+from anact_jax.factors import Reference, Rule, normalization
+from anact_jax.running import informative, update_stats
+from anact_jax.statistics import Stats, activation_stats, canonical_axes, wide_dtype
+
+
+def normalize(
+    f: Activation,
+    x: Float[Array, "*shape"],
+    factor: Float[Array, "..."] | float,
+    shift: Float[Array, "..."] | float = 0.0,
+) -> Float[Array, "*shape"]:
+    """The normalized activation `y = factor * (f(x) - shift)`.
+
+    f runs in x's dtype, the subtraction and the product in float32 or wider. For the gradient only
+    x, factor and shift are kept; f(x) and f'(x) are computed again.
+
+    Args:
+        f: any elementwise JAX function.
+        x: floating-point input of any shape.
+        factor: broadcastable to x.
+        shift: broadcastable to x.
+
+    Returns:
+        An array of x's shape and dtype, differentiable in x, factor and shift, forward and reverse.
+
+    Raises:
+        TypeError: x is not floating point.
+
+    >>> normalize(jax.nn.relu, jnp.array([-1.0, 2.0]), 2.0, 0.5)
+    Array([-1.,  3.], dtype=float32)
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"normalize needs a floating-point x, got dtype {x.dtype}; cast it first")
+    wide = wide_dtype(x.dtype)
+
+    def scaled(x: Array, factor: Array, shift: Array) -> Array:
+        y = f(x).astype(wide)
+        return (jnp.broadcast_to(factor, y.shape) * (y - jnp.broadcast_to(shift, y.shape))).astype(x.dtype)
+
+    y: Array = jax.checkpoint(scaled, prevent_cse=False)(x, jnp.asarray(factor, wide), jnp.asarray(shift, wide))
+    return y
+
+
+def anact(
+    f: Activation,
+    x: Float[Array, "*shape"],
+    running: Stats,
+    *,
+    rule: Rule = "mean",
+    center: bool = False,
+    reference: Reference = "input",
+    momentum: float = 0.9,
+    feature_axes: int | Sequence[int] = (),
+    use_running_average: bool = False,
+    update: bool | None = None,
+    mask: Shaped[Array, "..."] | None = None,
+    axis_name: Hashable | Sequence[Hashable] | None = None,
+    stop_gradient: bool = True,
+    correction: Float[Array, "*features"] | float = 0.0,
+) -> tuple[Float[Array, "*shape"], Stats]:
+    """One step of an adaptively normalized activation: input and state in, output and state out.
+
+    `y = (lambda + correction) * (f(x) - c)` with lambda and c from `normalization`, of this batch's
+    statistics or of the running ones. The Flax modules are shells around this function; with
+    another framework, or none, call it yourself.
+
+    Args:
+        f: any elementwise JAX function.
+        x: floating-point input of any shape.
+        running: running statistics, at first those of `gaussian_stats(f)`.
+        rule: see `normalization`.
+        center: see `normalization`.
+        reference: see `normalization`.
+        momentum: see `update_stats`.
+        feature_axes: see `activation_stats`.
+        use_running_average: normalize with `running` (inference) or with this batch (training). A
+            batch that tells nothing (see `informative`) is normalized with `running` as well.
+        update: take this batch into the running statistics; by default where it is normalized with
+            its own. The four combinations are all valid.
+        mask: see `activation_stats`; it decides what is counted, while every element is normalized.
+        axis_name: see `activation_stats`.
+        stop_gradient: treat factor and shift as constants under differentiation; False
+            differentiates through the batch's statistics, as BatchNorm does.
+        correction: added to the factor, such as the paper's `0.3 * tanh(alpha)`.
+
+    Returns:
+        y in x's shape and dtype, and the running statistics, which carry no gradient.
+
+    >>> from anact_jax import gaussian_stats
+    >>> x = jax.random.normal(jax.random.key(0), (1000, 8))
+    >>> y, running = anact(jax.nn.relu, x, gaussian_stats(jax.nn.relu), rule="forward")
+    >>> round(float(jnp.mean(y**2) / jnp.var(x)), 3), float(running.count)
+    (1.0, 1.0)
+    """
+    update = not use_running_average if update is None else update
+    axes = canonical_axes(feature_axes, x.ndim)
+    if update or not use_running_average:
+        measured = jax.lax.stop_gradient(x) if stop_gradient else x
+        batch = activation_stats(f, measured, feature_axes=axes, mask=mask, axis_name=axis_name)
+    if use_running_average:
+        used = running
+    else:
+        told = informative(batch)
+        used = Stats(*(jnp.where(told, new, old.astype(new.dtype)) for new, old in zip(batch, running, strict=True)))
+
+    factor, shift = normalization(used, rule=rule, center=center, reference=reference)
+    if stop_gradient:
+        factor, shift = jax.lax.stop_gradient((factor, shift))
+    unreduced = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    factor, shift = (jnp.expand_dims(value, unreduced) for value in (factor + correction, shift))
+    y = normalize(f, x, factor, shift)
+    return y, jax.lax.stop_gradient(update_stats(running, batch, momentum=momentum)) if update else running

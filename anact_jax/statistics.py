@@ -1,0 +1,206 @@
+"""Batch statistics of an activation: the only place that talks across devices."""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
+
+from anact_jax.activations import Activation
+
+
+class Stats(NamedTuple):
+    """Population moments of an activation's input x and output f(x).
+
+    Every field has the same shape: `()` for one layer, or that of the feature axes, such as
+    `(C,)`. The dtype is float32, or float64 for float64 input.
+
+    Attributes:
+        count: elements behind the moments; in running statistics, batches taken in; 0 for the
+            Gaussian reference of `gaussian_stats`, which rests on no data.
+        mean_in: E[x].
+        var_in: Var[x].
+        mean_out: E[f(x)], the `mu` of docs/method.md.
+        var_out: Var[f(x)].
+        slope_sq: E[f'(x)^2], the backward gain `rho'`.
+    """
+
+    count: Float[Array, "*features"]  # type: ignore[assignment]  # hides tuple.count, which is not used
+    mean_in: Float[Array, "*features"]
+    var_in: Float[Array, "*features"]
+    mean_out: Float[Array, "*features"]
+    var_out: Float[Array, "*features"]
+    slope_sq: Float[Array, "*features"]
+
+
+# A number whose square, summed over 1e8 elements, still fits in float32. Anything larger counts as
+# non-finite, so that no sum below can overflow and spoil the gradient of its finite elements.
+_LARGEST = 1e15
+
+
+def activation_stats(
+    f: Activation,
+    x: Float[Array, "*shape"],
+    *,
+    feature_axes: int | Sequence[int] = (),
+    mask: Shaped[Array, "..."] | None = None,
+    axis_name: Hashable | Sequence[Hashable] | None = None,
+) -> Stats:
+    """Moments of x, f(x) and f'(x) over a batch, in float32 or wider.
+
+    Two passes: means first, then variances about them, so that an offset of 1e4 costs no accuracy.
+    f' comes from forward-mode autodiff.
+
+    Args:
+        f: any elementwise JAX function; each output may depend on its own input only.
+        x: input of any shape.
+        feature_axes: axes that keep statistics of their own; `()` gives one set for the layer,
+            `-1` one for each channel of channels-last input.
+        mask: broadcastable to x; elements where it is zero or False are left out.
+        axis_name: mapped axis or axes (of `pmap`, `vmap` or `shard_map`) that share the batch. The
+            result is then exact over all of them, each shard weighted by its count.
+
+    Returns:
+        `Stats` of shape `()`, or of x's shape at `feature_axes`. No elements: all zeros. An element
+        that is NaN, infinite or above 1e15 in x, f(x) or f'(x): NaN for the moments of its feature,
+        while their gradient stays finite. `update_stats` leaves such batches out.
+
+    Raises:
+        TypeError: x or f(x) is not real floating point.
+        ValueError: f changes the shape, an axis does not exist or comes twice, the mask does not
+            broadcast, or `axis_name` is not bound here.
+
+    >>> stats = activation_stats(jax.nn.relu, jnp.array([-1.0, 0.0, 1.0, 2.0]))
+    >>> [round(float(value), 4) for value in stats]
+    [4.0, 0.5, 1.25, 0.75, 0.6875, 0.5]
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"activation_stats needs a floating-point x, got dtype {x.dtype}; cast it first")
+    axes = canonical_axes(feature_axes, x.ndim)
+    if mask is not None:
+        mask = jnp.asarray(mask)
+        if mask.ndim > x.ndim or any(m not in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
+            raise ValueError(
+                f"mask of shape {mask.shape} does not broadcast to x of shape {x.shape}; "
+                "give it one axis for each of x's, of size 1 where it is shared, as in mask[:, :, None]"
+            )
+        mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape).astype(bool)
+
+    # Only x and the mask are kept for a gradient: everything between is computed again there.
+    moments = jax.checkpoint(lambda x: _moments(f, x, mask, axes), prevent_cse=False)
+    local = moments(x)
+    return local if axis_name is None else _over_shards(local, axis_name)
+
+
+def canonical_axes(feature_axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Feature axes as sorted non-negative integers.
+
+    Raises:
+        ValueError: an axis does not exist in an array of `ndim` axes, or comes twice.
+
+    >>> canonical_axes((-1, 0), 3)
+    (0, 2)
+    """
+    given = (feature_axes,) if isinstance(feature_axes, int) else tuple(feature_axes)
+    if any(not -ndim <= axis < ndim for axis in given):
+        raise ValueError(f"feature_axes {given} must lie between {-ndim} and {ndim - 1} for input with {ndim} axes")
+    axes = tuple(sorted(axis % ndim for axis in given))
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"feature_axes {given} name the same axis twice in input with {ndim} axes")
+    return axes
+
+
+def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype in which input of `dtype` is measured and scaled: float64 for float64, else float32.
+
+    >>> wide_dtype(jnp.bfloat16)
+    dtype('float32')
+    """
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def _moments(f: Activation, x: Array, mask: Array | None, feature_axes: tuple[int, ...]) -> Stats:
+    dtype = wide_dtype(x.dtype)
+    reduced = tuple(axis for axis in range(x.ndim) if axis not in feature_axes)
+    features = tuple(x.shape[axis] for axis in feature_axes)
+
+    if mask is None:
+        members = jnp.ones(x.shape, bool)
+        count = jnp.full(features, x.size // max(1, _size(features)), dtype)
+    else:
+        members = jnp.broadcast_to(mask, x.shape)
+        count = jnp.sum(members, axis=reduced, dtype=jnp.int32).astype(dtype)
+
+    def mean(values: Array) -> Array:
+        return jnp.sum(values, axis=reduced, where=members) / jnp.maximum(count, 1)
+
+    def centered(values: Array, mean_value: Array) -> Array:
+        return values - jnp.expand_dims(mean_value, reduced)
+
+    def variance(values: Array, mean_value: Array) -> Array:
+        deviation = centered(values, mean_value)
+        return jnp.maximum(0, mean(deviation**2) - mean(deviation) ** 2)
+
+    x = x.astype(dtype)
+    representable = jnp.abs(x) < _LARGEST
+    x = jnp.where(members & representable, x, 0)
+    y, slope = value_and_slope(f, x)
+    representable &= (jnp.abs(y) < _LARGEST) & (jnp.abs(slope) < _LARGEST)
+    y, slope = jnp.where(representable, y, 0), jnp.where(representable, slope, 0)
+
+    mean_in, mean_out = mean(x), mean(y)
+    moments = (mean_in, variance(x, mean_in), mean_out, variance(y, mean_out), mean(slope**2))
+    spoiled = jnp.any(members & ~representable, axis=reduced)
+    return Stats(count, *(jnp.where(spoiled, jnp.nan, moment) for moment in moments))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    product = 1
+    for extent in shape:
+        product *= extent
+    return product
+
+
+def value_and_slope(f: Activation, x: Array) -> tuple[Array, Array]:
+    """f(x) and f'(x), by forward-mode autodiff, in x's dtype; refuses an f that is not elementwise."""
+    y, slope = jax.jvp(f, (x,), (jnp.ones_like(x),))
+    if y.shape != x.shape:
+        raise ValueError(f"f must be elementwise: it turned shape {x.shape} into {y.shape}")
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        raise TypeError(f"f must return floating-point values, got dtype {y.dtype}")
+    return y.astype(x.dtype), slope.astype(x.dtype)
+
+
+def _over_shards(local: Stats, axis_name: Hashable | Sequence[Hashable]) -> Stats:
+    """Merges the shards' moments, count-weighted, with one collective.
+
+    Each shard writes its row into a table of zeros and the tables are summed: a gather whose result
+    every shard is known to share (which `shard_map` checks). Having all rows lets the variance
+    between shards be taken about the common mean, without the cancellation of E[x^2] - E[x]^2.
+    """
+    name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    try:
+        shards, index = jax.lax.axis_size(name), jax.lax.axis_index(name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} is not bound here; call this inside "
+            f"jax.pmap(..., axis_name={axis_name!r}), jax.vmap or jax.shard_map over that axis, or leave axis_name "
+            "out (under jit with sharded arrays the statistics are global already)"
+        ) from error
+    row = jnp.stack(local)
+    table = jax.lax.psum(jnp.zeros((shards, *row.shape), row.dtype).at[index].set(row), name)
+    count, mean_in, var_in, mean_out, var_out, slope_sq = jnp.moveaxis(table, 1, 0)
+
+    total = jnp.sum(count, axis=0)
+    weight = count / jnp.maximum(total, 1)[None]
+
+    def merged(mean: Array, variance: Array) -> tuple[Array, Array]:
+        grand_mean = jnp.sum(weight * mean, axis=0)
+        deviation = mean - grand_mean[None]
+        between = jnp.sum(weight * deviation**2, axis=0) - jnp.sum(weight * deviation, axis=0) ** 2
+        return grand_mean, jnp.sum(weight * variance, axis=0) + jnp.maximum(0, between)
+
+    return Stats(total, *merged(mean_in, var_in), *merged(mean_out, var_out), jnp.sum(weight * slope_sq, axis=0))

@@ -1,0 +1,71 @@
+"""What the activations of a Linen network do to variance, layer by layer."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from anact_jax import Gains, Normalization, Stats, activation_stats, gains, normalization
+from anact_jax.linen import ANAct
+from experiments.models import Plain
+
+
+class LayerGains(NamedTuple):
+    """One activation: its gains bare, its normalization (1 and 0 for a plain one), its gains normalized."""
+
+    name: str
+    bare: Gains
+    normalization: Normalization
+    normalized: Gains
+
+
+def layer_gains(model: nn.Module, variables: PyTree[Array], images: Float[np.ndarray, "n h w c"]) -> list[LayerGains]:
+    """Gains of every activation on a batch, in the order in which they run, in inference mode."""
+    names: list[str] = []
+
+    def measure(variables: PyTree[Array], images: Array) -> list[tuple[Gains, Normalization, Gains]]:
+        measured = []
+
+        def on_call(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            module = context.module
+            if isinstance(module, ANAct | Plain) and context.method_name == "__call__":
+                names.append("/".join(module.path))
+                factor, shift = jnp.ones(()), jnp.zeros(())
+                if isinstance(module, ANAct):
+                    running = Stats(*(module.get_variable(module.collection, field) for field in Stats._fields))
+                    factor, shift = normalization(
+                        running, rule=module.rule, center=module.center, reference=module.reference
+                    )
+                stats = activation_stats(module.fn, args[0])
+                forward, backward = gains(stats, shift=shift)
+                normalized = Gains(factor**2 * forward, factor**2 * backward)
+                measured.append((gains(stats), Normalization(factor, shift), normalized))
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(on_call):
+            model.apply(variables, images, train=False)
+        return measured
+
+    measured = jax.device_get(jax.jit(measure)(variables, images))
+    return [LayerGains(name, *layer) for name, layer in zip(names, measured, strict=True)]
+
+
+def factor_range(batch_stats: PyTree[Array], options: dict[str, Any]) -> tuple[Array, Array] | None:
+    """Smallest and largest factor that the running statistics give, or None where no layer keeps any."""
+    factors = []
+
+    def visit(tree: PyTree[Array]) -> None:
+        if isinstance(tree, dict) and set(tree) == set(Stats._fields):
+            factors.append(normalization(Stats(**tree), **options).factor)
+        elif isinstance(tree, dict):
+            for child in tree.values():
+                visit(child)
+
+    visit(batch_stats)
+    if not factors:
+        return None
+    return jnp.min(jnp.stack(factors)), jnp.max(jnp.stack(factors))

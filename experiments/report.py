@@ -1,0 +1,86 @@
+"""What a run leaves behind: metrics as lines of JSON and TensorBoard events, and pictures."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from experiments.gains import LayerGains
+
+Record: TypeAlias = dict[str, Any]
+
+
+class MetricsLog:
+    """Writes each record at once to `metrics.jsonl` and TensorBoard events: an interrupted run keeps them."""
+
+    def __init__(self, workdir: Path) -> None:
+        self._lines = (workdir / "metrics.jsonl").open("x")
+        self._events = SummaryWriter(str(workdir))
+
+    def write(self, step: int, epoch: float, **values: float) -> None:
+        """Adds a record; `values` such as `train_loss` become TensorBoard's `train/loss`."""
+        self._lines.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name.replace("_", "/", 1), value, step)
+        self._events.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lines.close()
+        self._events.close()
+
+
+def read_metrics(workdir: Path) -> list[Record]:
+    """The records of a run, finished or not."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def draw_learning_curves(workdir: Path) -> None:
+    """Draws loss and accuracy over epochs from `metrics.jsonl` into `learning_curves.png`."""
+    records = read_metrics(workdir)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for panel, quantity in zip(panels, ("loss", "accuracy"), strict=True):
+        for split in ("train", "test"):
+            points = [(r["epoch"], r[f"{split}_{quantity}"]) for r in records if f"{split}_{quantity}" in r]
+            if points:
+                panel.plot(*zip(*points, strict=True), label=split, marker="." if split == "test" else None)
+        panel.set(xlabel="epoch", ylabel=quantity)
+        panel.grid(alpha=0.3)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend()
+    panels[0].set_yscale("log")
+    figure.savefig(workdir / "learning_curves.png", dpi=120)
+    plt.close(figure)
+
+
+def draw_gains(layers: list[LayerGains], workdir: Path) -> None:
+    """Draws forward gain, backward gain and factor of every activation into `gains.png`."""
+    position = np.arange(1, len(layers) + 1)
+    figure, panels = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for panel, kind in zip(panels[:2], ("forward", "backward"), strict=True):
+        panel.plot(position, [getattr(layer.bare, kind) for layer in layers], ".--", label="activation alone")
+        panel.plot(
+            position, [getattr(layer.normalized, kind) for layer in layers], ".-", label="as used in the network"
+        )
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.set(ylabel=f"{kind} gain", yscale="log")
+        panel.legend()
+    panels[2].plot(position, [layer.normalization.factor for layer in layers], ".-")
+    panels[2].set(ylabel="factor")
+    for panel in panels:
+        panel.set(xlabel="activation, in order of execution")
+        panel.grid(alpha=0.3)
+    figure.savefig(workdir / "gains.png", dpi=120)
+    plt.close(figure)

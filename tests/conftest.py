@@ -1,0 +1,29 @@
+"""Eight virtual CPU devices, strict promotion, and run-time checks of every annotated shape and type."""
+
+import os
+
+import jax
+import matplotlib
+import pytest
+from hypothesis import settings
+from jaxtyping import config, install_import_hook
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+os.environ["JAX_PLATFORMS"] = "cpu"  # for programs that tests start
+matplotlib.use("Agg")
+
+install_import_hook(["anact_jax", "experiments"], "beartype.beartype")
+
+settings.register_profile("fast", max_examples=40, deadline=None, derandomize=True)
+settings.load_profile("fast")
+
+
+@pytest.fixture
+def unchecked_types():
+    """Lets wrong arguments through to the library's own checks."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
