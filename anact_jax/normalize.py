@@ -20,8 +20,8 @@ def normalize(
 ) -> Float[Array, "*shape"]:
     """The normalized activation `y = factor * (f(x) - shift)`.
 
-    f runs in x's dtype, the subtraction and the product in float32 or wider. For the gradient only
-    x, factor and shift are kept; f(x) and f'(x) are computed again.
+    All of it runs in float32 or wider, whatever x's dtype. For the gradient only x, factor and shift
+    are kept; f(x) and f'(x) are computed again.
 
     Args:
         f: any elementwise JAX function.
@@ -44,7 +44,7 @@ def normalize(
     wide = wide_dtype(x.dtype)
 
     def scaled(x: Array, factor: Array, shift: Array) -> Array:
-        y = f(x).astype(wide)
+        y = f(x.astype(wide)).astype(wide)
         return (jnp.broadcast_to(factor, y.shape) * (y - jnp.broadcast_to(shift, y.shape))).astype(x.dtype)
 
     y: Array = jax.checkpoint(scaled, prevent_cse=False)(x, jnp.asarray(factor, wide), jnp.asarray(shift, wide))

@@ -1,0 +1,294 @@
+import itertools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import anact_jax.linen
+from anact_jax import ACTIVATIONS, Stats, anact, gaussian_stats
+from anact_jax.linen import ANAct, NReLU, NSwish
+
+X = 0.5 + 2.0 * jax.random.normal(jax.random.key(0), (32, 6))
+NAMES = {
+    "relu": "NReLU",
+    "leaky_relu": "NLeakyReLU",
+    "elu": "NELU",
+    "tanh": "NTanh",
+    "sigmoid": "NSigmoid",
+    "softplus": "NSoftplus",
+    "swish": "NSwish",
+    "gelu": "NGELU",
+    "mish": "NMish",
+}
+
+
+class Net(nn.Module):
+    """A stranger's model, written for BatchNorm, with the activation swapped."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = NSwish(use_running_average=not train)(nn.Dense(8)(x))
+        x = NReLU()(nn.Dense(8)(x), use_running_average=not train)
+        return nn.Dense(2)(x)
+
+
+def state_of(variables, path="batch_stats"):
+    return Stats(**variables[path])
+
+
+@pytest.mark.parametrize(("name", "module"), list(NAMES.items()))
+def test_named_modules_are_anact_of_that_function(name, module):
+    layer = getattr(anact_jax.linen, module)(use_running_average=False)
+    assert layer.fn is ACTIVATIONS[name]
+    variables = layer.init(jax.random.key(0), X)
+    y, _ = layer.apply(variables, X, mutable=["batch_stats"])
+    expected, _ = anact(ACTIVATIONS[name], X, gaussian_stats(ACTIVATIONS[name]))
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_defaults_of_named_modules_are_those_of_anact():
+    fields = ("rule", "center", "reference", "momentum", "feature_axes", "stop_gradient", "learnable")
+    for name in NAMES.values():
+        layer = getattr(anact_jax.linen, name)()
+        assert all(getattr(layer, field) == getattr(ANAct, field) for field in fields)
+
+
+@pytest.mark.parametrize(("center", "reference", "stop_gradient"), [(False, "input", True), (True, "unit", False)])
+@pytest.mark.parametrize("feature_axes", [(), -1])
+def test_is_a_shell_around_the_pure_function(center, reference, stop_gradient, feature_axes):
+    options = {"rule": "geometric", "center": center, "reference": reference}
+    options |= {"stop_gradient": stop_gradient, "feature_axes": feature_axes}
+    layer = ANAct(jnp.tanh, momentum=0.7, **options)
+    variables = layer.init(jax.random.key(0), X, use_running_average=False)
+    running = state_of(variables)
+    chex.assert_shape(list(running), (6,) if feature_axes else ())
+    for step in range(4):
+        x = X * (1.0 + step)
+        y, variables = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        expected, running = anact(jnp.tanh, x, running, momentum=0.7, **options)
+        np.testing.assert_array_equal(y, expected)
+        chex.assert_trees_all_equal(state_of(variables), running)
+    y = layer.apply(variables, X, use_running_average=True)
+    np.testing.assert_array_equal(y, anact(jnp.tanh, X, running, use_running_average=True, **options)[0])
+
+
+def test_init_depends_on_no_input_and_needs_no_axis():
+    """`init` moved statistics or wanted the mapped axis elsewhere (flax#1250)."""
+    layer = NSwish(axis_name="batch", use_running_average=False)
+    states = [layer.init(jax.random.key(0), x) for x in (X, 100.0 * X, jnp.full_like(X, jnp.nan))]
+    chex.assert_trees_all_equal(*states)
+    chex.assert_trees_all_close(state_of(states[0]), gaussian_stats(jax.nn.swish))
+    assert np.isfinite(NSwish(axis_name="batch").apply(states[0], X, use_running_average=True)).all()
+
+
+def test_layer_called_twice_updates_twice():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            act = NSwish(use_running_average=not train)
+            return act(act(x) * 3.0)
+
+    variables = Twice().init(jax.random.key(0), X, train=True)
+    assert float(variables["batch_stats"]["NSwish_0"]["count"]) == 0
+    y, variables = Twice().apply(variables, X, train=True, mutable=["batch_stats"])
+    first, running = anact(jax.nn.swish, X, gaussian_stats(jax.nn.swish))
+    second, running = anact(jax.nn.swish, first * 3.0, running)
+    np.testing.assert_allclose(y, second, rtol=1e-6)
+    chex.assert_trees_all_close(state_of(variables["batch_stats"], "NSwish_0"), running, rtol=1e-6)
+
+
+def test_stock_batchnorm_loop_runs_unchanged():
+    """The training loop of Flax's own BatchNorm guide, word for word in what it threads."""
+
+    class BatchNormNet(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x)))
+            return nn.Dense(2)(x)
+
+    def run(model):
+        variables = model.init(jax.random.key(0), X, train=False)
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        optimizer = optax.sgd(0.3)
+        opt_state = optimizer.init(params)
+
+        @jax.jit
+        def step(params, batch_stats, opt_state, x, labels):
+            def loss_fn(params):
+                logits, updates = model.apply(
+                    {"params": params, "batch_stats": batch_stats}, x, train=True, mutable=["batch_stats"]
+                )
+                return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates
+
+            (loss, updates), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+            updates_params, opt_state = optimizer.update(grads, opt_state)
+            return optax.apply_updates(params, updates_params), updates["batch_stats"], opt_state, loss
+
+        labels = (X[:, 0] > 0.5).astype(jnp.int32)
+        losses = []
+        for _ in range(60):
+            params, batch_stats, opt_state, loss = step(params, batch_stats, opt_state, X, labels)
+            losses.append(float(loss))
+        logits = model.apply({"params": params, "batch_stats": batch_stats}, X, train=False)
+        return losses, float(jnp.mean(jnp.argmax(logits, -1) == labels))
+
+    for model in (BatchNormNet(), Net()):
+        losses, accuracy = run(model)
+        assert losses[-1] < 0.5 * losses[0]
+        assert accuracy > 0.9
+
+
+def test_evaluation_writes_nothing():
+    variables = Net().init(jax.random.key(0), X, train=False)
+    y, updates = Net().apply(variables, X, train=False, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])
+    np.testing.assert_array_equal(y, Net().apply(variables, X, train=False))
+
+
+def test_missing_mutable_is_answered_with_the_fix():
+    variables = Net().init(jax.random.key(0), X, train=False)
+    with pytest.raises(ValueError, match=r"NSwish_0 updates its running statistics.*mutable=\['batch_stats'\]"):
+        Net().apply(variables, X, train=True)
+
+
+def test_missing_state_is_answered_with_the_fix():
+    params = Net().init(jax.random.key(0), X, train=False)["params"]
+    with pytest.raises(ValueError, match=r"NSwish_0 has no running statistics: collection 'batch_stats' is missing"):
+        Net().apply({"params": params}, X, train=False)
+
+
+def test_unbound_axis_in_training_is_named():
+    layer = NSwish(axis_name="batch", use_running_average=False)
+    with pytest.raises(ValueError, match="axis_name='batch' is not bound here"):
+        layer.apply(layer.init(jax.random.key(0), X), X, mutable=["batch_stats"])
+
+
+def test_mode_is_set_exactly_once_as_for_batchnorm():
+    for module in (NSwish, nn.BatchNorm):
+        with pytest.raises(ValueError, match="use_running_average"):
+            module().init(jax.random.key(0), X)
+        with pytest.raises(ValueError, match="use_running_average"):
+            module(use_running_average=True).init(jax.random.key(0), X, use_running_average=True)
+
+
+def test_mode_in_the_constructor_works_in_sequential():
+    """`nn.Sequential` passes keyword arguments to its first layer only (flax#3017)."""
+    model = nn.Sequential([nn.Dense(4), NSwish(use_running_average=False), nn.Dense(2)])
+    variables = model.init(jax.random.key(0), X)
+    _, updates = model.apply(variables, X, mutable=["batch_stats"])
+    assert float(updates["batch_stats"]["layers_1"]["count"]) == 1
+
+
+@pytest.mark.parametrize(("use_running_average", "update"), list(itertools.product((True, False), (True, False, None))))
+def test_using_and_updating_are_independent(use_running_average, update):
+    layer = NSwish(use_running_average=use_running_average, update=update)
+    variables = layer.init(jax.random.key(0), X)
+    y, updates = layer.apply(variables, X, mutable=["batch_stats"])
+    expected, running = anact(
+        jax.nn.swish, X, gaussian_stats(jax.nn.swish), use_running_average=use_running_average, update=update
+    )
+    np.testing.assert_array_equal(y, expected)
+    chex.assert_trees_all_equal(state_of(updates), running)
+    if update is False:  # then no mutable collection is needed
+        np.testing.assert_array_equal(layer.apply(variables, X), expected)
+
+
+def test_one_trace_a_mode_over_ten_steps_with_fresh_modules():
+    """A fresh but equal module traced again elsewhere (flax#4994)."""
+
+    @jax.jit
+    def evaluate(variables, x):
+        return Net().apply(variables, x, train=False)
+
+    def apply(model, variables, x, train):
+        return model.apply(variables, x, train=train, mutable=["batch_stats"])
+
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(apply, n=2), static_argnames=("model", "train"))
+    variables = Net().init(jax.random.key(0), X, train=False)
+    for _ in range(10):
+        _, updates = step(Net(), variables, X, train=True)
+        variables = {**variables, **updates}
+        step(Net(), variables, X, train=False)
+    assert float(variables["batch_stats"]["NSwish_0"]["count"]) == 10
+    assert hash(NSwish()) == hash(NSwish())
+    assert NSwish() == NSwish()
+
+
+def test_learnable_correction_starts_at_zero_stays_bounded_and_learns():
+    layer = NSwish(learnable=True, feature_axes=-1, use_running_average=False)
+    variables = layer.init(jax.random.key(0), X)
+    chex.assert_trees_all_equal(variables["params"]["alpha"], jnp.zeros(6))
+    plain = NSwish(feature_axes=-1, use_running_average=False)
+    y, _ = layer.apply(variables, X, mutable=["batch_stats"])
+    y_plain, _ = plain.apply({"batch_stats": variables["batch_stats"]}, X, mutable=["batch_stats"])
+    np.testing.assert_array_equal(y, y_plain)
+
+    far = {**variables, "params": {"alpha": jnp.full(6, 100.0)}}
+    y_far, _ = layer.apply(far, X, mutable=["batch_stats"])
+    np.testing.assert_allclose(y_far - y_plain, 0.3 * jax.nn.swish(X), rtol=1e-4, atol=1e-5)
+
+    def loss(params):
+        y, _ = layer.apply({**variables, "params": params}, X, mutable=["batch_stats"])
+        return jnp.sum(y)
+
+    gradient = jax.grad(loss)(variables["params"])["alpha"]
+    np.testing.assert_allclose(gradient, 0.3 * jnp.sum(jax.nn.swish(X), axis=0), rtol=1e-4)
+
+
+def test_collection_can_be_named():
+    layer = NSwish(collection="act_stats", use_running_average=False)
+    variables = layer.init(jax.random.key(0), X)
+    assert set(variables) == {"act_stats"}
+    with pytest.raises(ValueError, match=r"mutable=\['act_stats'\]"):
+        layer.apply(variables, X)
+
+
+def test_mask_in_the_call():
+    mask = jnp.arange(32)[:, None] < 20
+    layer = NSwish(use_running_average=False)
+    variables = layer.init(jax.random.key(0), X)
+    _, updates = layer.apply(variables, X, mask=mask, mutable=["batch_stats"])
+    _, sliced = layer.apply(variables, X[:20], mutable=["batch_stats"])
+    chex.assert_trees_all_close(updates, sliced, rtol=1e-6)
+
+
+def test_remat_changes_nothing_and_updates_once():
+    class Remat(nn.Module):
+        remat: bool
+
+        @nn.compact
+        def __call__(self, x):
+            module = nn.remat(NSwish) if self.remat else NSwish
+            return module(use_running_average=False, name="act")(x)
+
+    variables = Remat(False).init(jax.random.key(0), X)
+
+    def loss(x, remat):
+        y, updates = Remat(remat).apply(variables, x, mutable=["batch_stats"])
+        return jnp.sum(y**2), updates
+
+    (gradient, updates), (gradient_remat, updates_remat) = (
+        jax.grad(loss, has_aux=True)(X, remat) for remat in (False, True)
+    )
+    chex.assert_trees_all_close(gradient, gradient_remat, rtol=1e-6)
+    chex.assert_trees_all_equal(updates, updates_remat)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fn": "swish"}, TypeError, "fn must be an elementwise function"),
+        ({"rule": "median"}, ValueError, "unknown rule 'median'"),
+        ({"reference": "output"}, ValueError, "unknown reference"),
+        ({"momentum": 1.5}, ValueError, r"\[0, 1\], got 1.5"),
+    ],
+)
+def test_bad_options_are_refused_when_made(options, error, message):
+    with pytest.raises(error, match=message):
+        ANAct(**options)
