@@ -119,7 +119,8 @@ def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     >>> wide_dtype(jnp.bfloat16)
     dtype('float32')
     """
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    wide: jnp.dtype = jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return wide
 
 
 def _moments(f: Activation, x: Array, mask: Array | None, feature_axes: tuple[int, ...]) -> Stats:

@@ -72,7 +72,7 @@ def train(model: nn.Module, dataset: Dataset, config: TrainConfig, log: MetricsL
                 log.write(step, step / steps_per_epoch, **values)
                 bar.set_postfix_str(_summary(values | {f"test_{name}": value for name, value in test.items()}))
         test = evaluate(dataset.test)
-        log.write((epoch + 1) * steps_per_epoch, epoch + 1, **{f"test_{name}": value for name, value in test.items()})
+        log.write((epoch + 1) * steps_per_epoch, epoch + 1.0, **{f"test_{name}": value for name, value in test.items()})
     return state, test["accuracy"]
 
 

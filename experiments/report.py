@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import matplotlib
 
@@ -21,6 +21,7 @@ class MetricsLog:
     """Writes each record at once to `metrics.jsonl` and TensorBoard events: an interrupted run keeps them."""
 
     def __init__(self, workdir: Path) -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
         self._lines = (workdir / "metrics.jsonl").open("x")
         self._events = SummaryWriter(str(workdir))
 
@@ -32,7 +33,7 @@ class MetricsLog:
             self._events.add_scalar(name.replace("_", "/", 1), value, step)
         self._events.flush()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(

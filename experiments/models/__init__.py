@@ -5,10 +5,32 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from experiments.models.layers import INITS, NORMS, Layers, Plain, activation_layer, conv_layer, norm_layer
+from experiments.models.layers import (
+    INITS,
+    NORMS,
+    Layers,
+    Plain,
+    activation_layer,
+    check_activation,
+    conv_layer,
+    norm_layer,
+)
+from experiments.models.mlp import MLP
 from experiments.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet
 
-__all__ = ["INITS", "MODELS", "NORMS", "STEMS", "Layers", "Plain", "activation_layer", "conv_layer", "norm_layer"]
+__all__ = [
+    "INITS",
+    "MLP",
+    "MODELS",
+    "NORMS",
+    "STEMS",
+    "Layers",
+    "Plain",
+    "activation_layer",
+    "check_activation",
+    "conv_layer",
+    "norm_layer",
+]
 
 _cifar = functools.partial(ResNet, features=16, block=BasicBlock, project=False)
 _imagenet = functools.partial(ResNet, features=64, project=True)

@@ -51,8 +51,19 @@ class Plain(nn.Module):
         return self.fn(x)
 
 
+def check_activation(name: str) -> None:
+    """Raises ValueError unless `name` is an activation, or one with `n` before it for its normalized form."""
+    if name not in ACTIVATIONS and name.removeprefix("n") not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}; expected one of {', '.join(ACTIVATIONS)}, or n and its name")
+
+
 def activation_layer(name: str, **options: Any) -> Callable[[bool], Layer]:
-    """Maker of the activation called `name`; `"nswish"` is `ANAct(swish, **options)`, `"swish"` is plain."""
+    """Maker of the activation called `name`; `"nswish"` is `ANAct(swish, **options)`, `"swish"` is plain.
+
+    Raises:
+        ValueError: no activation has this name.
+    """
+    check_activation(name)
     if name in ACTIVATIONS:
         return lambda use_running_average: Plain(ACTIVATIONS[name])
     return lambda use_running_average: ANAct(

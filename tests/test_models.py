@@ -1,0 +1,133 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anact_jax.linen import ANAct
+from experiments.gains import factor_range, layer_gains
+from experiments.models import MLP, MODELS, NORMS, Layers, Plain, activation_layer, conv_layer, norm_layer
+
+
+def make_layers(activation="swish", norm="batch", **options):
+    return Layers(
+        conv=conv_layer("lecun", use_bias=norm == "none"),
+        norm=norm_layer(norm, momentum=0.9, group_size=8),
+        act=activation_layer(activation, **options),
+    )
+
+
+def parameter_count(model, image_shape):
+    init = functools.partial(model.init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *image_shape)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
+# He et al. (arXiv 1512.03385), table 6, give 0.27M, 0.46M, 0.85M; torchvision's documentation of its models
+# gives the exact figures of the other three. The exact figures of the first three follow by hand from section 4.2:
+# 9 * (3 * 16 + 2n * 16^2 + 16 * 32 + (2n - 1) * 32^2 + 32 * 64 + (2n - 1) * 64^2) for convolutions,
+# 2 * (16 + 2n * (16 + 32 + 64)) for batch normalization, 650 for the classifier.
+def cifar_count(n):
+    convolutions = 9 * (3 * 16 + 2 * n * 16**2 + 16 * 32 + (2 * n - 1) * 32**2 + 32 * 64 + (2 * n - 1) * 64**2)
+    return convolutions + 2 * (16 + 2 * n * (16 + 32 + 64)) + 650
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "millions"),
+    [("resnet20", cifar_count(3), 0.27), ("resnet32", cifar_count(5), 0.46), ("resnet56", cifar_count(9), 0.85)],
+)
+def test_cifar_resnets_have_the_published_parameters(name, published, millions):
+    count = parameter_count(MODELS[name](layers=make_layers(), classes=10, stem="small"), (32, 32, 3))
+    assert count == published
+    assert count / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("resnet18", 11_689_512), ("resnet34", 21_797_672), ("resnet50", 25_557_032)]
+)
+def test_imagenet_resnets_have_the_published_parameters(name, published):
+    model = MODELS[name](layers=make_layers(), classes=1000, stem="imagenet")
+    assert parameter_count(model, (224, 224, 3)) == published
+
+
+@pytest.mark.parametrize("stem", ["small", "imagenet"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "resnet50"])
+def test_no_activation_is_hard_wired(name, stem):
+    """With the identity injected and no normalization layer, what remains is linear in a positive factor."""
+    layers = Layers(
+        conv=conv_layer("lecun", use_bias=False),
+        norm=norm_layer("none", momentum=0.9, group_size=8),
+        act=lambda use_running_average: lambda x: x,
+    )
+    model = MODELS[name](layers=layers, classes=3, stem=stem, stage_sizes=(1, 2))
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+    variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), x, train=False)
+    run = jax.jit(functools.partial(model.apply, train=False))
+    np.testing.assert_allclose(run(variables, 3.0 * x), 3.0 * run(variables, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["relu", "nswish"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_norm_and_activation_runs_in_both_modes(norm, activation):
+    model = MODELS["resnet20"](layers=make_layers(activation, norm), classes=10, stem="small", stage_sizes=(1, 1))
+    x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+    variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), x, train=False)
+    assert ("batch_stats" in variables) == (norm == "batch" or activation == "nswish")
+    has_bias = any(
+        "bias" in path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(variables["params"]["Conv_0"])
+    )
+    assert has_bias == (norm == "none")
+    train = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
+    logits, _ = train(variables, x)
+    assert logits.shape == (4, 10)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("init", ["lecun", "he"])
+def test_initial_variance(init):
+    conv = conv_layer(init, use_bias=False)(64, (3, 3))
+    kernel = conv.init(jax.random.key(0), jnp.zeros((1, 8, 8, 64)))["params"]["kernel"]
+    np.testing.assert_allclose(kernel.var() * 9 * 64, {"lecun": 1.0, "he": 2.0}[init], rtol=0.02)
+
+
+def test_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="unknown activation 'nswsh'; expected one of elu"):
+        activation_layer("nswsh")
+
+
+def test_layer_gains_lists_every_activation_in_order_of_execution():
+    model = MLP(make_layers("nrelu", "none", center=True), classes=3, depth=12, width=256)
+    x = jax.random.normal(jax.random.key(1), (256, 4, 4, 1))
+    variables = model.init(jax.random.key(0), x, train=False)
+    _, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    layers = layer_gains(model, variables | updates, np.asarray(x))
+    assert [layer.name for layer in layers] == [f"ANAct_{i}" for i in range(12)]
+    for layer in layers:
+        factor, shift = layer.normalization
+        stats = updates["batch_stats"][layer.name]
+        np.testing.assert_allclose(shift, stats["mean_out"], rtol=1e-5)
+        # The rule `mean` makes the inverse gains average to 1 on the batch that it was measured on.
+        np.testing.assert_allclose(np.mean(1 / np.array(layer.normalized)), 1, rtol=1e-4)
+        assert layer.bare.backward * factor**2 == pytest.approx(layer.normalized.backward, rel=1e-5)
+    low, high = factor_range(updates["batch_stats"], {"center": True})
+    factors = [float(layer.normalization.factor) for layer in layers]
+    np.testing.assert_allclose((low, high), (min(factors), max(factors)), rtol=1e-5)
+
+
+def test_layer_gains_of_plain_activations():
+    model = MLP(make_layers("relu", "none"), classes=3, depth=2, width=256)
+    x = np.random.default_rng(0).standard_normal((256, 16)).astype(np.float32)[:, :, None, None]
+    variables = model.init(jax.random.key(0), jnp.asarray(x), train=False)
+    layers = layer_gains(model, variables, x)
+    assert [layer.name for layer in layers] == ["Plain_0", "Plain_1"]
+    assert layers[0].normalization == (1.0, 0.0)
+    np.testing.assert_allclose(layers[0].bare, (0.5, 0.5), atol=0.03)
+    assert factor_range({}, {}) is None
+
+
+def test_an_activation_is_a_module_in_either_form():
+    assert isinstance(activation_layer("relu")(True), Plain)
+    assert isinstance(activation_layer("nrelu")(True), ANAct)
+    assert isinstance(activation_layer("nrelu")(True), nn.Module)

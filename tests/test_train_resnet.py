@@ -1,0 +1,221 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import train_resnet
+from experiments.config import TrainConfig
+from experiments.data import Batch, Dataset, Split
+from experiments.loop import DivergenceError, train
+from experiments.models import MLP, Layers, activation_layer, conv_layer, norm_layer
+from experiments.report import MetricsLog, draw_learning_curves, read_metrics
+from experiments.steps import create_state, make_eval_step, make_optimizer, make_train_step
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = [sys.executable, str(ROOT / "experiments" / "train_resnet.py")]
+
+
+def small_model(activation="nswish", norm="batch"):
+    layers = Layers(
+        conv=conv_layer("lecun", use_bias=True),
+        norm=norm_layer(norm, momentum=0.9, group_size=8),
+        act=activation_layer(activation),
+    )
+    return MLP(layers, classes=2, depth=2, width=16)
+
+
+def two_classes(n, seed=0):
+    """Images whose label is the sign of their mean."""
+    images = np.random.default_rng(seed).standard_normal((n, 4, 4, 1)).astype(np.float32)
+    return Split(images, (images.mean((1, 2, 3)) > 0).astype(np.int32))
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's schedules mix integers and floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+DATASET = Dataset(two_classes(1024), two_classes(100, seed=1), classes=2)
+
+
+def run_main(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train_resnet.py", *arguments])
+    status = train_resnet.main()
+    return status, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--activation", "swsh"], "unknown activation 'swsh'; expected one of elu, gelu"),
+        (["--activation", "nnswish"], "unknown activation 'nnswish'"),
+        (["--rule", "median"], "unknown rule 'median'; expected one of mean, forward"),
+        (["--reference", "output"], "unknown reference 'output'"),
+        (["--model", "resnet21"], "unknown model 'resnet21'; expected one of resnet20"),
+        (["--dataset", "imagenet"], "unknown dataset 'imagenet'; expected one of digits"),
+        (["--norm", "layer"], "unknown norm 'layer'; expected one of batch, group, none"),
+        (["--stem", "big"], "unknown stem 'big'"),
+        (["--init", "zeros"], "unknown init 'zeros'"),
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--batch-size", "1440"], "batch_size 1440 is larger than the training data, 1437 examples"),
+        (["--batch-size", "20"], "batch_size 20 must be a multiple of the number of devices, 8"),
+        (["--learning-rate", "-0.1"], "learning_rate must be a positive number, got -0.1"),
+        (["--learning-rate", "nan"], "learning_rate must be a positive number, got nan"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--epochs", "3", "--warmup-epochs", "3"], "warmup_epochs must be less than epochs"),
+        (["--momentum", "1.2"], "momentum must lie in [0, 1], got 1.2"),
+        (["--weight-decay", "-1"], "weight_decay must be at least 0"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--workdir", "/dev/null/here"], "Not a directory"),
+    ],
+)
+def test_bad_settings_end_in_one_line_before_training(arguments, message, monkeypatch, capsys):
+    status, output = run_main(monkeypatch, capsys, *arguments)
+    assert status == 2
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    status, output = run_main(monkeypatch, capsys, "--workdir", str(tmp_path))
+    assert status == 2
+    assert "holds a run already; give another --workdir" in output.err
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_help_explains_every_setting(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_main(monkeypatch, capsys, "--help")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for field in TrainConfig.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in text
+    for name in ("resnet56", "harmonic", "swish", "digits"):
+        assert name in text
+
+
+def config(**settings):
+    return TrainConfig(**({"epochs": 6, "batch_size": 32, "learning_rate": 0.05} | settings))
+
+
+@pytest.mark.parametrize("activation", ["swish", "nswish"])
+def test_training_learns_and_records_what_it_measures(activation, tmp_path):
+    with MetricsLog(tmp_path) as log:
+        state, accuracy = train(small_model(activation), DATASET, config(), log)
+    assert accuracy > 0.9
+    assert int(state.step) == 6 * 32
+    records = read_metrics(tmp_path)
+    assert [r["epoch"] for r in records if "test_accuracy" in r] == [1, 2, 3, 4, 5, 6]
+    assert records[-1]["test_accuracy"] == accuracy
+    assert all(("factor_min" in r) == (activation == "nswish") for r in records if "train_loss" in r)
+    draw_learning_curves(tmp_path)
+    assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_test_accuracy_counts_every_example_once(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        state, accuracy = train(small_model(), DATASET, config(), log)
+    logits = small_model().apply(jax.device_get(state.variables), jnp.asarray(DATASET.test.images), train=False)
+    assert accuracy == np.mean(np.argmax(logits, -1) == DATASET.test.labels)
+
+
+def test_same_seed_gives_the_same_numbers(tmp_path):
+    records = []
+    for run in range(3):
+        with MetricsLog(tmp_path / str(run)) as log:
+            train(small_model(), DATASET, config(seed=run // 2, epochs=2), log)
+        records.append((tmp_path / str(run) / "metrics.jsonl").read_text())
+    assert records[0] == records[1]
+    assert records[0] != records[2]
+
+
+def test_divergence_is_an_error_and_keeps_what_was_measured(tmp_path):
+    with MetricsLog(tmp_path) as log, pytest.raises(DivergenceError, match=r"the loss is (nan|inf) at step"):
+        train(small_model(norm="none"), DATASET, config(learning_rate=1e12), log)
+    assert all(np.isfinite(record["train_loss"]) for record in read_metrics(tmp_path))
+
+
+def test_step_over_eight_devices_equals_one(tmp_path):
+    assert jax.local_device_count() == 8
+    with MetricsLog(tmp_path) as log:
+        sharded, _ = train(small_model(), DATASET, config(epochs=2), log)
+    assert len(sharded.params["Dense_0"]["kernel"].sharding.device_set) == 8
+    model, optimizer = small_model(), make_optimizer(config(epochs=2), steps_per_epoch=32)
+    state = create_state(model, optimizer, (4, 4, 1), seed=0)
+    step = make_train_step(model, optimizer)
+    for epoch in range(2):
+        order = np.random.default_rng((0, epoch)).permutation(1024).reshape(32, 32)
+        for rows in order:
+            batch = Batch(DATASET.train.images[rows], DATASET.train.labels[rows], np.ones(32, bool))
+            state, _ = step(state, batch)
+    chex.assert_trees_all_close(jax.device_get(sharded.params), jax.device_get(state.params), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(
+        jax.device_get(sharded.batch_stats), jax.device_get(state.batch_stats), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_weight_decay_acts_on_kernels_alone():
+    optimizer = make_optimizer(config(weight_decay=0.1, momentum=0.0, warmup_epochs=0.0), steps_per_epoch=8)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.05 * 0.1, rtol=1e-5)
+    np.testing.assert_allclose(updates["bias"], 0.0)
+
+
+def test_padding_does_not_count_in_evaluation():
+    model, optimizer = small_model(), make_optimizer(config(), steps_per_epoch=8)
+    state = create_state(model, optimizer, (4, 4, 1), seed=0)
+    evaluate = make_eval_step(model)
+    images, labels = DATASET.test.images[:8], DATASET.test.labels[:8]
+    whole = evaluate(state, Batch(images, labels, np.ones(8, bool)))
+    valid = np.arange(8) < 5
+    part = evaluate(state, Batch(images, labels, valid))
+    rest = evaluate(state, Batch(images, labels, ~valid))
+    chex.assert_trees_all_close(jax.tree.map(jnp.add, part, rest), whole, rtol=1e-5)
+    assert int(part["count"]) == 5
+
+
+def test_ctrl_c_leaves_readable_results(tmp_path):
+    run = subprocess.Popen([*PROGRAM, "--workdir", tmp_path], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "metrics.jsonl").exists() or (tmp_path / "metrics.jsonl").stat().st_size == 0:
+        assert time.monotonic() < deadline
+        assert run.poll() is None
+        time.sleep(0.2)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert out == ""
+    assert err.splitlines()[-1] == f"train_resnet.py: interrupted; what was measured is in {tmp_path}"
+    assert "Traceback" not in err
+    assert read_metrics(tmp_path)[0]["train_loss"] > 0
+    assert (tmp_path / "learning_curves.png").stat().st_size > 1000
+
+
+def test_program_leaves_its_results_in_workdir(tmp_path):
+    arguments = ["--epochs", "2", "--workdir", tmp_path / "run", "--activation", "ngelu", "--norm", "group"]
+    run = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, check=True)
+    records = read_metrics(tmp_path / "run")
+    assert run.stdout.splitlines()[-1] == (
+        f"test_accuracy={records[-1]['test_accuracy']:.4f} workdir={tmp_path / 'run'}"
+    )
+    assert records[-1]["test_accuracy"] > 0.5
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (settings["activation"], settings["norm"], settings["seed"]) == ("ngelu", "group", 0)
+    for picture in ("gains.png", "learning_curves.png"):
+        assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
+    for shown in ("loss", "accuracy", "factors", "epoch 2/2"):
+        assert shown in run.stderr
+    assert b"test/accuracy" in b"".join(path.read_bytes() for path in (tmp_path / "run").glob("events.*"))
