@@ -1,0 +1,34 @@
+"""What the README prints is what runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SCRIPT = ROOT / "experiments" / "thirty_layers.py"
+
+
+def test_thirty_layers_stands_in_the_readme_and_is_short():
+    text = SCRIPT.read_text()
+    assert PYTHON[0] == text
+    assert len(text.splitlines()) <= 40
+
+
+@pytest.mark.parametrize("snippet", PYTHON[1:])
+def test_snippets_run(snippet):
+    with jax.numpy_dtype_promotion("standard"):
+        exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("word", "low", "high"), [("swish", 0.0, 0.2), ("NSwish", 0.9, 1.0), ("NReLU", 0.9, 1.0)])
+def test_thirty_layers_learn_only_when_normalized(word, low, high):
+    run = subprocess.run([sys.executable, str(SCRIPT), word], capture_output=True, text=True, check=True)
+    accuracy = float(re.search(rf"{word}: test accuracy ([0-9.]+)", run.stdout)[1])
+    assert low <= accuracy <= high
