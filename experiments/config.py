@@ -47,7 +47,7 @@ class TrainConfig:
     group_size: int = 8
     """channels in a group of group normalization"""
     stem: Annotated[
-        str, arg(help=f"{_one_of(*STEMS)}: first layers of resnet18, 34 and 50, a 3x3 convolution or 7x7 and pooling")
+        str, arg(help=f"first layers, {_one_of(*STEMS)}: a 3x3 convolution, or 7x7 of stride 2 and pooling")
     ] = "small"
     init: Annotated[
         str, arg(help=f"{_one_of(*INITS)}: variance of a kernel's weights, 1/fan_in or 2/fan_in; normalized: lecun")
@@ -86,6 +86,9 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "group_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        channels = MODELS[self.model].keywords["features"]
+        if self.norm == "group" and channels % self.group_size:
+            raise ValueError(f"group_size must divide the {channels} channels of {self.model}, got {self.group_size}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate}")
         for name in ("warmup_epochs", "weight_decay", "seed"):

@@ -71,6 +71,7 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--batch-size", "20"], "batch_size 20 must be a multiple of the number of devices, 8"),
         (["--learning-rate", "-0.1"], "learning_rate must be a positive number, got -0.1"),
         (["--learning-rate", "nan"], "learning_rate must be a positive number, got nan"),
+        (["--norm", "group", "--group-size", "5"], "group_size must divide the 16 channels of resnet20, got 5"),
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--epochs", "3", "--warmup-epochs", "3"], "warmup_epochs must be less than epochs"),
         (["--momentum", "1.2"], "momentum must lie in [0, 1], got 1.2"),

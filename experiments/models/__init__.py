@@ -1,9 +1,6 @@
 """Networks by name. Convolution, normalization layer and activation come from outside: see `layers`."""
 
 import functools
-from collections.abc import Callable
-
-import flax.linen as nn
 
 from experiments.models.layers import (
     INITS,
@@ -36,7 +33,7 @@ _cifar = functools.partial(ResNet, features=16, block=BasicBlock, project=False)
 _imagenet = functools.partial(ResNet, features=64, project=True)
 
 # Each takes `layers`, `classes` and `stem`.
-MODELS: dict[str, Callable[..., nn.Module]] = {
+MODELS: dict[str, functools.partial[ResNet]] = {
     "resnet20": functools.partial(_cifar, stage_sizes=(3, 3, 3)),
     "resnet32": functools.partial(_cifar, stage_sizes=(5, 5, 5)),
     "resnet56": functools.partial(_cifar, stage_sizes=(9, 9, 9)),
