@@ -1,6 +1,7 @@
 """Flax Linen modules: read state, call the pure functions, write state."""
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -133,8 +134,10 @@ class ANAct(nn.Module):
         return y
 
     def _variables(self, features: tuple[int, ...]) -> list[nn.Variable[Any]]:
+        prior = functools.cache(lambda: gaussian_stats(self.fn))
+
         def initial(field: str) -> Array:
-            return jnp.broadcast_to(getattr(gaussian_stats(self.fn), field), features)
+            return jnp.broadcast_to(getattr(prior(), field), features)
 
         return [self.variable(self.collection, field, initial, field) for field in Stats._fields]
 

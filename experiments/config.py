@@ -86,9 +86,6 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "group_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        channels = MODELS[self.model].keywords["features"]
-        if self.norm == "group" and channels % self.group_size:
-            raise ValueError(f"group_size must divide the {channels} channels of {self.model}, got {self.group_size}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate}")
         for name in ("warmup_epochs", "weight_decay", "seed"):

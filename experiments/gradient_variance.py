@@ -18,7 +18,8 @@ import tyro
 from jaxtyping import Array, Float, PyTree
 
 from experiments.data import DATASETS, Split
-from experiments.models import MLP, Layers, activation_layer, check_activation, conv_layer, norm_layer
+from experiments.models import Layers, activation_layer, check_activation, conv_layer, norm_layer
+from experiments.models.mlp import MLP
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,9 +1,11 @@
 """Trains a residual network: parse, wire, call the loop. See `python experiments/train_resnet.py --help`."""
 
 import datetime
+import functools
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import tyro
 
@@ -11,7 +13,7 @@ from experiments.config import TrainConfig
 from experiments.data import DATASETS, Dataset
 from experiments.gains import layer_gains
 from experiments.loop import DivergenceError, train
-from experiments.models import MODELS, Layers, activation_layer, conv_layer, norm_layer
+from experiments.models import Layers, activation_layer, conv_layer, make_model, norm_layer
 from experiments.report import MetricsLog, draw_gains, draw_learning_curves
 
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -25,27 +27,10 @@ def main() -> int:
         config.check()
         dataset = DATASETS[config.dataset]()
         check_batch_size(config.batch_size, dataset)
+        model = build_model(config, dataset)
         workdir = make_workdir(config)
     except (ValueError, OSError) as error:
         return fail(str(error), status=2)
-
-    activation_options = {
-        "rule": config.rule,
-        "center": config.center,
-        "reference": config.reference,
-        "stop_gradient": config.stop_gradient,
-        "learnable": config.learnable,
-        "momentum": config.activation_momentum,
-    }
-    model = MODELS[config.model](
-        layers=Layers(
-            conv=conv_layer(config.init, use_bias=config.norm == "none"),
-            norm=norm_layer(config.norm, momentum=config.norm_momentum, group_size=config.group_size),
-            act=activation_layer(config.activation, **activation_options),
-        ),
-        classes=dataset.classes,
-        stem=config.stem,
-    )
 
     status, outcome = 0, ""
     try:
@@ -61,6 +46,30 @@ def main() -> int:
     if outcome:
         print(outcome)
     return status
+
+
+def build_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
+    """The network, tried out on the data set's shapes without computing anything.
+
+    Raises:
+        ValueError: its layers do not fit together, or not with the images.
+    """
+    layers = Layers(
+        conv=conv_layer(config.init, use_bias=config.norm == "none"),
+        norm=norm_layer(config.norm, momentum=config.norm_momentum, group_size=config.group_size),
+        act=activation_layer(
+            config.activation,
+            rule=config.rule,
+            center=config.center,
+            reference=config.reference,
+            stop_gradient=config.stop_gradient,
+            learnable=config.learnable,
+            momentum=config.activation_momentum,
+        ),
+    )
+    model = make_model(config.model, layers, dataset.classes, config.stem)
+    jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), dataset.train.images[:1])
+    return model
 
 
 def check_batch_size(batch_size: int, dataset: Dataset) -> None:

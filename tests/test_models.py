@@ -8,7 +8,8 @@ import pytest
 
 from anact_jax.linen import ANAct
 from experiments.gains import factor_range, layer_gains
-from experiments.models import MLP, MODELS, NORMS, Layers, Plain, activation_layer, conv_layer, norm_layer
+from experiments.models import MODELS, NORMS, Layers, Plain, activation_layer, conv_layer, make_model, norm_layer
+from experiments.models.mlp import MLP
 
 
 def make_layers(activation="swish", norm="batch", **options):
@@ -39,7 +40,7 @@ def cifar_count(n):
     [("resnet20", cifar_count(3), 0.27), ("resnet32", cifar_count(5), 0.46), ("resnet56", cifar_count(9), 0.85)],
 )
 def test_cifar_resnets_have_the_published_parameters(name, published, millions):
-    count = parameter_count(MODELS[name](layers=make_layers(), classes=10, stem="small"), (32, 32, 3))
+    count = parameter_count(make_model(name, make_layers(), classes=10), (32, 32, 3))
     assert count == published
     assert count / 1e6 == pytest.approx(millions, abs=0.01)
 
@@ -48,7 +49,7 @@ def test_cifar_resnets_have_the_published_parameters(name, published, millions):
     ("name", "published"), [("resnet18", 11_689_512), ("resnet34", 21_797_672), ("resnet50", 25_557_032)]
 )
 def test_imagenet_resnets_have_the_published_parameters(name, published):
-    model = MODELS[name](layers=make_layers(), classes=1000, stem="imagenet")
+    model = make_model(name, make_layers(), classes=1000, stem="imagenet")
     assert parameter_count(model, (224, 224, 3)) == published
 
 
@@ -61,7 +62,7 @@ def test_no_activation_is_hard_wired(name, stem):
         norm=norm_layer("none", momentum=0.9, group_size=8),
         act=lambda use_running_average: lambda x: x,
     )
-    model = MODELS[name](layers=layers, classes=3, stem=stem, stage_sizes=(1, 2))
+    model = make_model(name, layers, classes=3).clone(stem=stem, stage_sizes=(1, 2))
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
     variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), x, train=False)
     run = jax.jit(functools.partial(model.apply, train=False))
@@ -71,7 +72,7 @@ def test_no_activation_is_hard_wired(name, stem):
 @pytest.mark.parametrize("activation", ["relu", "nswish"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_and_activation_runs_in_both_modes(norm, activation):
-    model = MODELS["resnet20"](layers=make_layers(activation, norm), classes=10, stem="small", stage_sizes=(1, 1))
+    model = make_model("resnet20", make_layers(activation, norm), classes=10).clone(stage_sizes=(1, 1))
     x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
     variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), x, train=False)
     assert ("batch_stats" in variables) == (norm == "batch" or activation == "nswish")
@@ -131,3 +132,40 @@ def test_an_activation_is_a_module_in_either_form():
     assert isinstance(activation_layer("relu")(True), Plain)
     assert isinstance(activation_layer("nrelu")(True), ANAct)
     assert isinstance(activation_layer("nrelu")(True), nn.Module)
+
+
+# torchvision's documentation of its models gives the first three; the authors of wide residual networks
+# (arXiv 1605.07146, table 4) give 2.7M and 36.5M.
+@pytest.mark.parametrize(
+    ("name", "published"), [("resnet101", 44_549_160), ("vgg11", 132_863_336), ("vgg16", 138_357_544)]
+)
+def test_more_imagenet_networks_have_the_published_parameters(name, published):
+    norm = "none" if name.startswith("vgg") else "batch"
+    model = make_model(name, make_layers(norm=norm), classes=1000, stem="imagenet")
+    assert parameter_count(model, (224, 224, 3)) == published
+
+
+@pytest.mark.parametrize(("name", "millions"), [("wrn16_4", 2.7), ("wrn28_10", 36.5)])
+def test_wide_resnets_have_the_published_parameters(name, millions):
+    count = parameter_count(make_model(name, make_layers(), classes=10), (32, 32, 3))
+    assert count / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+DEEP = ("resnet32", "resnet56", "resnet34", "resnet50", "resnet101", "wrn28_10", "vgg16", "mlp30")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in DEEP else ()) for n in MODELS])
+@pytest.mark.parametrize("size", [8, 32])
+def test_every_network_takes_small_images(name, size):
+    model = make_model(name, make_layers("nswish"), classes=7)
+    x = jnp.zeros((2, size, size, 1))
+    variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
+    logits, _ = jax.eval_shape(functools.partial(model.apply, train=True, mutable=["batch_stats"]), variables, x)
+    assert logits.shape == (2, 7)
+
+
+def test_a_stem_that_a_network_lacks_is_refused():
+    with pytest.raises(ValueError, match="cnn12 has no stem 'imagenet'"):
+        make_model("cnn12", make_layers(), classes=10, stem="imagenet")
+    with pytest.raises(ValueError, match="unknown model 'alexnet'; expected one of resnet20"):
+        make_model("alexnet", make_layers(), classes=10)

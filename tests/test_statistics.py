@@ -120,8 +120,16 @@ def test_spoiled_batch_is_flagged_and_its_gradient_stays_finite(bad):
 
     gradient, stats = jax.grad(total, has_aux=True)(x)
     np.testing.assert_array_equal(informative(stats), [True, False, True])
+    np.testing.assert_array_equal(np.isnan(stats.mean_out), [False, True, False])
     chex.assert_tree_all_finite(gradient)
     assert np.all(np.asarray(gradient)[:, [0, 2]] != 0)
+
+
+def test_masked_elements_get_no_gradient_even_where_f_has_none():
+    x, mask = jnp.array([0.0, -1.0, 2.0, 3.0]), jnp.array([False, False, True, True])
+    gradient = jax.grad(lambda x: sum(activation_stats(jnp.log, x, mask=mask)[1:]))(x)
+    np.testing.assert_array_equal(gradient[:2], 0.0)
+    assert np.all(np.isfinite(gradient) & ((gradient != 0) == mask))
 
 
 def test_gradients_against_finite_differences():

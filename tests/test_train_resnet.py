@@ -15,7 +15,8 @@ from experiments import train_resnet
 from experiments.config import TrainConfig
 from experiments.data import Batch, Dataset, Split
 from experiments.loop import DivergenceError, train
-from experiments.models import MLP, Layers, activation_layer, conv_layer, norm_layer
+from experiments.models import Layers, activation_layer, conv_layer, norm_layer
+from experiments.models.mlp import MLP
 from experiments.report import MetricsLog, draw_learning_curves, read_metrics
 from experiments.steps import create_state, make_eval_step, make_optimizer, make_train_step
 
@@ -71,7 +72,7 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--batch-size", "20"], "batch_size 20 must be a multiple of the number of devices, 8"),
         (["--learning-rate", "-0.1"], "learning_rate must be a positive number, got -0.1"),
         (["--learning-rate", "nan"], "learning_rate must be a positive number, got nan"),
-        (["--norm", "group", "--group-size", "5"], "group_size must divide the 16 channels of resnet20, got 5"),
+        (["--norm", "group", "--group-size", "5"], "Number of channels (16) is not multiple of the group size (5)"),
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--epochs", "3", "--warmup-epochs", "3"], "warmup_epochs must be less than epochs"),
         (["--momentum", "1.2"], "momentum must lie in [0, 1], got 1.2"),

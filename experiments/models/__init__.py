@@ -1,7 +1,12 @@
 """Networks by name. Convolution, normalization layer and activation come from outside: see `layers`."""
 
 import functools
+import inspect
+from collections.abc import Callable
 
+import flax.linen as nn
+
+from experiments.models.cnn import VGG, PlainCNN
 from experiments.models.layers import (
     INITS,
     NORMS,
@@ -13,11 +18,10 @@ from experiments.models.layers import (
     norm_layer,
 )
 from experiments.models.mlp import MLP
-from experiments.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet
+from experiments.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet, WideResNet
 
 __all__ = [
     "INITS",
-    "MLP",
     "MODELS",
     "NORMS",
     "STEMS",
@@ -26,18 +30,45 @@ __all__ = [
     "activation_layer",
     "check_activation",
     "conv_layer",
+    "make_model",
     "norm_layer",
 ]
 
 _cifar = functools.partial(ResNet, features=16, block=BasicBlock, project=False)
 _imagenet = functools.partial(ResNet, features=64, project=True)
 
-# Each takes `layers`, `classes` and `stem`.
-MODELS: dict[str, functools.partial[ResNet]] = {
+_MAKERS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": functools.partial(_cifar, stage_sizes=(3, 3, 3)),
     "resnet32": functools.partial(_cifar, stage_sizes=(5, 5, 5)),
     "resnet56": functools.partial(_cifar, stage_sizes=(9, 9, 9)),
     "resnet18": functools.partial(_imagenet, stage_sizes=(2, 2, 2, 2), block=BasicBlock),
     "resnet34": functools.partial(_imagenet, stage_sizes=(3, 4, 6, 3), block=BasicBlock),
     "resnet50": functools.partial(_imagenet, stage_sizes=(3, 4, 6, 3), block=BottleneckBlock),
+    "resnet101": functools.partial(_imagenet, stage_sizes=(3, 4, 23, 3), block=BottleneckBlock),
+    "wrn16_4": functools.partial(WideResNet, depth=16, widen=4),
+    "wrn28_10": functools.partial(WideResNet, depth=28, widen=10),
+    "vgg11": functools.partial(VGG, stage_sizes=(1, 1, 2, 2, 2)),
+    "vgg16": functools.partial(VGG, stage_sizes=(2, 2, 3, 3, 3)),
+    "cnn12": functools.partial(PlainCNN, depth=12, features=32),
+    "mlp10": functools.partial(MLP, depth=10, width=128),
+    "mlp30": functools.partial(MLP, depth=30, width=128),
 }
+MODELS = tuple(_MAKERS)
+
+
+def make_model(name: str, layers: Layers, classes: int, stem: str = "small") -> nn.Module:
+    """The network called `name`. Only those with a stem made for ImageNet heed `stem`.
+
+    Raises:
+        ValueError: unknown name or stem, or a stem that this network does not have.
+    """
+    if name not in _MAKERS:
+        raise ValueError(f"unknown model {name!r}; expected one of {', '.join(MODELS)}")
+    if stem not in STEMS:
+        raise ValueError(f"unknown stem {stem!r}; expected one of {', '.join(STEMS)}")
+    maker = _MAKERS[name]
+    if "stem" in inspect.signature(maker).parameters:
+        return maker(layers=layers, classes=classes, stem=stem)
+    if stem != "small":
+        raise ValueError(f"{name} has no stem {stem!r}, only networks made for ImageNet do; leave the stem at 'small'")
+    return maker(layers=layers, classes=classes)

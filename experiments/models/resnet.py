@@ -1,4 +1,4 @@
-"""Residual networks of He et al., arXiv 1512.03385."""
+"""Residual networks: those of He et al., arXiv 1512.03385, and wide ones."""
 
 from collections.abc import Callable
 
@@ -96,3 +96,52 @@ def _shortcut(layers: Layers, x: Array, features: int, strides: int, project: bo
         return norm()(conv(features, (1, 1), strides)(x))
     x = x[:, ::strides, ::strides]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+
+
+class WideResNet(nn.Module):
+    """The networks of Zagoruyko and Komodakis, arXiv 1605.07146: few layers, many channels.
+
+    Three stages of blocks whose normalization layers and activations come before the convolutions.
+
+    Attributes:
+        layers: makers of convolution, normalization layer and activation.
+        classes: number of logits.
+        depth: 6n + 4, where n is the number of blocks in a stage.
+        widen: factor on the channels 16, 32, 64.
+    """
+
+    layers: Layers
+    classes: int
+    depth: int
+    widen: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch classes"]:
+        """Logits."""
+        conv, norm, act = self.layers.in_mode(train)
+        x = conv(16, (3, 3))(x)
+        for stage in range(3):
+            for position in range((self.depth - 4) // 6):
+                strides = 2 if stage > 0 and position == 0 else 1
+                x = PreActivationBlock(self.layers, 16 * self.widen * 2**stage, strides)(x, train)
+        x = act()(norm()(x))
+        return nn.Dense(self.classes)(jnp.mean(x, axis=(1, 2)))
+
+
+class PreActivationBlock(nn.Module):
+    """Twice normalization, activation and 3x3 convolution, and a shortcut around them."""
+
+    layers: Layers
+    features: int
+    strides: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w c"], train: bool) -> Float[Array, "batch h2 w2 c2"]:
+        """Output of the block."""
+        conv, norm, act = self.layers.in_mode(train)
+        y = act()(norm()(x))
+        same_shape = x.shape[-1] == self.features and self.strides == 1
+        shortcut = x if same_shape else conv(self.features, (1, 1), self.strides)(y)
+        y = conv(self.features, (3, 3), self.strides)(y)
+        y = act()(norm()(y))
+        return shortcut + conv(self.features, (3, 3))(y)
