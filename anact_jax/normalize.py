@@ -96,6 +96,11 @@ def anact(
     Returns:
         y in x's shape and dtype, and the running statistics, which carry no gradient.
 
+    Raises:
+        TypeError: x or f(x) is not real floating point.
+        ValueError: an option is unknown or out of range, the running statistics have another shape than
+            x has features, or as `activation_stats` raises.
+
     >>> from anact_jax import gaussian_stats
     >>> x = jax.random.normal(jax.random.key(0), (1000, 8))
     >>> y, running = anact(jax.nn.relu, x, gaussian_stats(jax.nn.relu), rule="forward")
@@ -104,6 +109,12 @@ def anact(
     """
     update = not use_running_average if update is None else update
     axes = canonical_axes(feature_axes, x.ndim)
+    features = tuple(x.shape[axis] for axis in axes)
+    if running.count.shape != features:
+        raise ValueError(
+            f"running statistics of shape {running.count.shape} do not fit feature_axes {feature_axes} of x with shape "
+            f"{x.shape}, which need {features}; set feature_axes as when they were made, or make them anew"
+        )
     if update or not use_running_average:
         measured = jax.lax.stop_gradient(x) if stop_gradient else x
         batch = activation_stats(f, measured, feature_axes=axes, mask=mask, axis_name=axis_name)

@@ -1,5 +1,6 @@
 """Batch statistics of an activation: the only place that talks across devices."""
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -130,7 +131,7 @@ def _moments(f: Activation, x: Array, mask: Array | None, feature_axes: tuple[in
 
     if mask is None:
         members = jnp.ones(x.shape, bool)
-        count = jnp.full(features, x.size // max(1, _size(features)), dtype)
+        count = jnp.full(features, x.size // max(1, math.prod(features)), dtype)
     else:
         members = jnp.broadcast_to(mask, x.shape)
         count = jnp.sum(members, axis=reduced, dtype=jnp.int32).astype(dtype)
@@ -138,11 +139,9 @@ def _moments(f: Activation, x: Array, mask: Array | None, feature_axes: tuple[in
     def mean(values: Array) -> Array:
         return jnp.sum(values, axis=reduced, where=members) / jnp.maximum(count, 1)
 
-    def centered(values: Array, mean_value: Array) -> Array:
-        return values - jnp.expand_dims(mean_value, reduced)
-
     def variance(values: Array, mean_value: Array) -> Array:
-        deviation = centered(values, mean_value)
+        deviation = values - jnp.expand_dims(mean_value, reduced)
+        # The second term is what rounding left in the mean.
         return jnp.maximum(0, mean(deviation**2) - mean(deviation) ** 2)
 
     x = x.astype(dtype)
@@ -156,13 +155,6 @@ def _moments(f: Activation, x: Array, mask: Array | None, feature_axes: tuple[in
     moments = (mean_in, variance(x, mean_in), mean_out, variance(y, mean_out), mean(slope**2))
     spoiled = jnp.any(members & ~representable, axis=reduced)
     return Stats(count, *(jnp.where(spoiled, jnp.nan, moment) for moment in moments))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    product = 1
-    for extent in shape:
-        product *= extent
-    return product
 
 
 def value_and_slope(f: Activation, x: Array) -> tuple[Array, Array]:

@@ -197,6 +197,11 @@ def test_stop_gradient_decides_whether_the_factor_is_a_constant():
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_state_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"of shape \(\) do not fit feature_axes -1 of x with shape \(64, 8\)"):
+        anact(jax.nn.swish, normal(), PRIOR, feature_axes=-1)
+
+
 def test_integers_are_refused():
     with pytest.raises(TypeError):
         normalize(jax.nn.relu, jnp.arange(3), 1.0)
