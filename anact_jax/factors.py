@@ -130,6 +130,15 @@ def normalization(
     return Normalization(factor, shift)
 
 
+def correction(alpha: Float[Array, "*features"]) -> Float[Array, "*features"]:
+    """The published learned correction of the factor, `0.3 * tanh(alpha)`, for `learnable=True`.
+
+    >>> float(correction(jnp.float32(0.0)))
+    0.0
+    """
+    return 0.3 * jnp.tanh(alpha)
+
+
 def check_options(rule: str, reference: str) -> None:
     """Raises ValueError unless both are known names."""
     if rule not in RULES:

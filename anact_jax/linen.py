@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from anact_jax.activations import Activation
-from anact_jax.factors import Reference, Rule, check_options
+from anact_jax.factors import Reference, Rule, check_options, correction
 from anact_jax.gaussian import gaussian_stats
 from anact_jax.normalize import anact
 from anact_jax.running import check_momentum
@@ -126,7 +126,7 @@ class ANAct(nn.Module):
             mask=mask,
             axis_name=self.axis_name,
             stop_gradient=self.stop_gradient,
-            correction=0.0 if alpha is None else 0.3 * jnp.tanh(alpha),
+            correction=0.0 if alpha is None else correction(alpha),
         )
         if update and not self.is_initializing():
             for variable, value in zip(state, new, strict=True):

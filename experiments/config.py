@@ -10,7 +10,7 @@ from tyro.conf import arg
 from anact_jax import ACTIVATIONS, REFERENCES, RULES
 from anact_jax.linen import ANAct
 from experiments.data import DATASETS
-from experiments.models import INITS, MODELS, NORMS, STEMS, check_activation
+from experiments.models import INITS, MODELS, NORMS, STEMS, check_name
 
 
 def _one_of(*names: str) -> str:
@@ -70,19 +70,13 @@ class TrainConfig:
     """folder for results, made if it does not exist; by default a new one under runs/"""
 
     def check(self) -> None:
-        """Raises ValueError, in one line, at the first setting that cannot be."""
-        check_activation(self.activation)
+        """Raises ValueError, in one line, at the first setting that cannot be; `build_model` tries the network's."""
         for name, value, known in (
             ("dataset", self.dataset, DATASETS),
-            ("model", self.model, MODELS),
             ("rule", self.rule, RULES),
             ("reference", self.reference, REFERENCES),
-            ("norm", self.norm, NORMS),
-            ("stem", self.stem, STEMS),
-            ("init", self.init, INITS),
         ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}; expected {_one_of(*known)}")
+            check_name(name, value, known)
         for name in ("epochs", "batch_size", "group_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

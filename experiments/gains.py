@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from anact_jax import Gains, Normalization, Stats, activation_stats, gains, normalization
+from anact_jax.factors import correction
 from anact_jax.linen import ANAct
 from experiments.models import Plain
 
@@ -40,6 +41,8 @@ def layer_gains(model: nn.Module, variables: PyTree[Array], images: Float[np.nda
                     factor, shift = normalization(
                         running, rule=module.rule, center=module.center, reference=module.reference
                     )
+                    if module.learnable:
+                        factor += correction(module.get_variable("params", "alpha"))
                 stats = activation_stats(module.fn, args[0])
                 forward, backward = gains(stats, shift=shift)
                 normalized = Gains(factor**2 * forward, factor**2 * backward)
@@ -54,18 +57,19 @@ def layer_gains(model: nn.Module, variables: PyTree[Array], images: Float[np.nda
     return [LayerGains(name, *layer) for name, layer in zip(names, measured, strict=True)]
 
 
-def factor_range(batch_stats: PyTree[Array], options: dict[str, Any]) -> tuple[Array, Array] | None:
-    """Smallest and largest factor that the running statistics give, or None where no layer keeps any."""
+def factor_range(variables: dict[str, Any], options: dict[str, Any]) -> tuple[Array, Array] | None:
+    """Smallest and largest factor in inference, learned corrections included; None without normalized activations."""
     factors = []
 
-    def visit(tree: PyTree[Array]) -> None:
-        if isinstance(tree, dict) and set(tree) == set(Stats._fields):
-            factors.append(normalization(Stats(**tree), **options).factor)
-        elif isinstance(tree, dict):
-            for child in tree.values():
-                visit(child)
+    def visit(state: PyTree[Array], params: PyTree[Array]) -> None:
+        if isinstance(state, dict) and set(state) == set(Stats._fields):
+            factor = normalization(Stats(**state), **options).factor
+            factors.append(factor + correction(params["alpha"]) if "alpha" in params else factor)
+        elif isinstance(state, dict):
+            for name, child in state.items():
+                visit(child, params.get(name, {}))
 
-    visit(batch_stats)
+    visit(variables["batch_stats"], variables["params"])
     if not factors:
         return None
     return jnp.min(jnp.stack(factors)), jnp.max(jnp.stack(factors))

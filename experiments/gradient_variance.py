@@ -18,7 +18,7 @@ import tyro
 from jaxtyping import Array, Float, PyTree
 
 from experiments.data import DATASETS, Split
-from experiments.models import Layers, activation_layer, check_activation, conv_layer, norm_layer
+from experiments.models import check_activation, make_layers
 from experiments.models.mlp import MLP
 
 matplotlib.use("Agg")
@@ -78,12 +78,7 @@ def main() -> int:
 
     variances = {}
     for name in config.activations:
-        layers = Layers(
-            conv=conv_layer("lecun", use_bias=True),
-            norm=norm_layer("none", momentum=0.9, group_size=1),
-            act=activation_layer(name),
-        )
-        model = MLP(layers, classes=10, depth=config.depth, width=config.width)
+        model = MLP(make_layers(name, "none"), classes=10, depth=config.depth, width=config.width)
         measure = jax.jit(lambda seed, model=model: gradient_variance(model, batch, seed))
         samples = np.stack([measure(seed) for seed in range(config.seeds)])
         variances[name] = np.exp(np.log(np.maximum(samples, np.finfo(samples.dtype).tiny)).mean(0))

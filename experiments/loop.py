@@ -36,7 +36,7 @@ def train(model: nn.Module, dataset: Dataset, config: TrainConfig, log: MetricsL
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     train_step, eval_step = make_train_step(model, optimizer), make_eval_step(model)
     options: dict[str, Any] = {"rule": config.rule, "center": config.center, "reference": config.reference}
-    factors = jax.jit(lambda batch_stats: factor_range(batch_stats, options))
+    factors = jax.jit(lambda variables: factor_range(variables, options))
 
     def evaluate(split: Split) -> dict[str, float]:
         sums = [
@@ -58,7 +58,7 @@ def train(model: nn.Module, dataset: Dataset, config: TrainConfig, log: MetricsL
         for position, batch in enumerate(bar, start=1):
             state, metrics = train_step(state, jax.device_put(batch, over_devices))
             recent.append(metrics)
-            if position % every == 0:
+            if position % every == 0 or position == steps_per_epoch:
                 step = epoch * steps_per_epoch + position
                 values = _mean_of(recent)
                 recent = []
@@ -66,7 +66,7 @@ def train(model: nn.Module, dataset: Dataset, config: TrainConfig, log: MetricsL
                     raise DivergenceError(
                         f"the loss is {values['train_loss']} at step {step}; a smaller --learning-rate may help"
                     )
-                spread = factors(state.batch_stats)
+                spread = factors(state.variables)
                 if spread is not None:
                     values["factor_min"], values["factor_max"] = (float(value) for value in spread)
                 log.write(step, step / steps_per_epoch, **values)

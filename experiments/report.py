@@ -21,7 +21,6 @@ class MetricsLog:
     """Writes each record at once to `metrics.jsonl` and TensorBoard events: an interrupted run keeps them."""
 
     def __init__(self, workdir: Path) -> None:
-        workdir.mkdir(parents=True, exist_ok=True)
         self._lines = (workdir / "metrics.jsonl").open("x")
         self._events = SummaryWriter(str(workdir))
 

@@ -13,7 +13,7 @@ from experiments.config import TrainConfig
 from experiments.data import DATASETS, Dataset
 from experiments.gains import layer_gains
 from experiments.loop import DivergenceError, train
-from experiments.models import Layers, activation_layer, conv_layer, make_model, norm_layer
+from experiments.models import make_layers, make_model
 from experiments.report import MetricsLog, draw_gains, draw_learning_curves
 
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -52,20 +52,20 @@ def build_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
     """The network, tried out on the data set's shapes without computing anything.
 
     Raises:
-        ValueError: its layers do not fit together, or not with the images.
+        ValueError: a name is unknown, or its layers do not fit together, or not with the images.
     """
-    layers = Layers(
-        conv=conv_layer(config.init, use_bias=config.norm == "none"),
-        norm=norm_layer(config.norm, momentum=config.norm_momentum, group_size=config.group_size),
-        act=activation_layer(
-            config.activation,
-            rule=config.rule,
-            center=config.center,
-            reference=config.reference,
-            stop_gradient=config.stop_gradient,
-            learnable=config.learnable,
-            momentum=config.activation_momentum,
-        ),
+    layers = make_layers(
+        config.activation,
+        config.norm,
+        init=config.init,
+        norm_momentum=config.norm_momentum,
+        group_size=config.group_size,
+        rule=config.rule,
+        center=config.center,
+        reference=config.reference,
+        stop_gradient=config.stop_gradient,
+        learnable=config.learnable,
+        momentum=config.activation_momentum,
     )
     model = make_model(config.model, layers, dataset.classes, config.stem)
     jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), dataset.train.images[:1])

@@ -8,16 +8,8 @@ import pytest
 
 from anact_jax.linen import ANAct
 from experiments.gains import factor_range, layer_gains
-from experiments.models import MODELS, NORMS, Layers, Plain, activation_layer, conv_layer, make_model, norm_layer
+from experiments.models import MODELS, NORMS, Plain, activation_layer, make_layers, make_model
 from experiments.models.mlp import MLP
-
-
-def make_layers(activation="swish", norm="batch", **options):
-    return Layers(
-        conv=conv_layer("lecun", use_bias=norm == "none"),
-        norm=norm_layer(norm, momentum=0.9, group_size=8),
-        act=activation_layer(activation, **options),
-    )
 
 
 def parameter_count(model, image_shape):
@@ -40,7 +32,7 @@ def cifar_count(n):
     [("resnet20", cifar_count(3), 0.27), ("resnet32", cifar_count(5), 0.46), ("resnet56", cifar_count(9), 0.85)],
 )
 def test_cifar_resnets_have_the_published_parameters(name, published, millions):
-    count = parameter_count(make_model(name, make_layers(), classes=10), (32, 32, 3))
+    count = parameter_count(make_model(name, make_layers("swish", "batch"), classes=10), (32, 32, 3))
     assert count == published
     assert count / 1e6 == pytest.approx(millions, abs=0.01)
 
@@ -49,7 +41,7 @@ def test_cifar_resnets_have_the_published_parameters(name, published, millions):
     ("name", "published"), [("resnet18", 11_689_512), ("resnet34", 21_797_672), ("resnet50", 25_557_032)]
 )
 def test_imagenet_resnets_have_the_published_parameters(name, published):
-    model = make_model(name, make_layers(), classes=1000, stem="imagenet")
+    model = make_model(name, make_layers("swish", "batch"), classes=1000, stem="imagenet")
     assert parameter_count(model, (224, 224, 3)) == published
 
 
@@ -57,11 +49,7 @@ def test_imagenet_resnets_have_the_published_parameters(name, published):
 @pytest.mark.parametrize("name", ["resnet20", "resnet18", "resnet50"])
 def test_no_activation_is_hard_wired(name, stem):
     """With the identity injected and no normalization layer, what remains is linear in a positive factor."""
-    layers = Layers(
-        conv=conv_layer("lecun", use_bias=False),
-        norm=norm_layer("none", momentum=0.9, group_size=8),
-        act=lambda use_running_average: lambda x: x,
-    )
+    layers = make_layers("swish", "none")._replace(act=lambda use_running_average: lambda x: x)
     model = make_model(name, layers, classes=3).clone(stem=stem, stage_sizes=(1, 2))
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
     variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), x, train=False)
@@ -88,9 +76,21 @@ def test_every_norm_and_activation_runs_in_both_modes(norm, activation):
 
 @pytest.mark.parametrize("init", ["lecun", "he"])
 def test_initial_variance(init):
-    conv = conv_layer(init, use_bias=False)(64, (3, 3))
-    kernel = conv.init(jax.random.key(0), jnp.zeros((1, 8, 8, 64)))["params"]["kernel"]
-    np.testing.assert_allclose(kernel.var() * 9 * 64, {"lecun": 1.0, "he": 2.0}[init], rtol=0.02)
+    layers, expected = make_layers("relu", "batch", init=init), {"lecun": 1.0, "he": 2.0}[init]
+    for layer, x, fan_in in (
+        (layers.conv(64, (3, 3)), jnp.zeros((1, 8, 8, 64)), 9 * 64),
+        (layers.dense(256), jnp.zeros((1, 256)), 256),
+    ):
+        kernel = layer.init(jax.random.key(0), x)["params"]["kernel"]
+        np.testing.assert_allclose(kernel.var() * fan_in, expected, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("norm", "init", "message"), [("layer", "lecun", "unknown norm"), ("none", "x", "unknown init")]
+)
+def test_unknown_names_are_refused_by_the_maker(norm, init, message):
+    with pytest.raises(ValueError, match=message):
+        make_layers("relu", norm, init=init)
 
 
 def test_unknown_activation_is_refused():
@@ -112,7 +112,7 @@ def test_layer_gains_lists_every_activation_in_order_of_execution():
         # The rule `mean` makes the inverse gains average to 1 on the batch that it was measured on.
         np.testing.assert_allclose(np.mean(1 / np.array(layer.normalized)), 1, rtol=1e-4)
         assert layer.bare.backward * factor**2 == pytest.approx(layer.normalized.backward, rel=1e-5)
-    low, high = factor_range(updates["batch_stats"], {"center": True})
+    low, high = factor_range(variables | updates, {"center": True})
     factors = [float(layer.normalization.factor) for layer in layers]
     np.testing.assert_allclose((low, high), (min(factors), max(factors)), rtol=1e-5)
 
@@ -125,7 +125,7 @@ def test_layer_gains_of_plain_activations():
     assert [layer.name for layer in layers] == ["Plain_0", "Plain_1"]
     assert layers[0].normalization == (1.0, 0.0)
     np.testing.assert_allclose(layers[0].bare, (0.5, 0.5), atol=0.03)
-    assert factor_range({}, {}) is None
+    assert factor_range({"batch_stats": {}, "params": {}}, {}) is None
 
 
 def test_an_activation_is_a_module_in_either_form():
@@ -141,13 +141,13 @@ def test_an_activation_is_a_module_in_either_form():
 )
 def test_more_imagenet_networks_have_the_published_parameters(name, published):
     norm = "none" if name.startswith("vgg") else "batch"
-    model = make_model(name, make_layers(norm=norm), classes=1000, stem="imagenet")
+    model = make_model(name, make_layers("swish", norm), classes=1000, stem="imagenet")
     assert parameter_count(model, (224, 224, 3)) == published
 
 
 @pytest.mark.parametrize(("name", "millions"), [("wrn16_4", 2.7), ("wrn28_10", 36.5)])
 def test_wide_resnets_have_the_published_parameters(name, millions):
-    count = parameter_count(make_model(name, make_layers(), classes=10), (32, 32, 3))
+    count = parameter_count(make_model(name, make_layers("swish", "batch"), classes=10), (32, 32, 3))
     assert count / 1e6 == pytest.approx(millions, abs=0.06)
 
 
@@ -157,7 +157,7 @@ DEEP = ("resnet32", "resnet56", "resnet34", "resnet50", "resnet101", "wrn28_10",
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in DEEP else ()) for n in MODELS])
 @pytest.mark.parametrize("size", [8, 32])
 def test_every_network_takes_small_images(name, size):
-    model = make_model(name, make_layers("nswish"), classes=7)
+    model = make_model(name, make_layers("nswish", "batch"), classes=7)
     x = jnp.zeros((2, size, size, 1))
     variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
     logits, _ = jax.eval_shape(functools.partial(model.apply, train=True, mutable=["batch_stats"]), variables, x)
@@ -166,6 +166,17 @@ def test_every_network_takes_small_images(name, size):
 
 def test_a_stem_that_a_network_lacks_is_refused():
     with pytest.raises(ValueError, match="cnn12 has no stem 'imagenet'"):
-        make_model("cnn12", make_layers(), classes=10, stem="imagenet")
+        make_model("cnn12", make_layers("swish", "batch"), classes=10, stem="imagenet")
     with pytest.raises(ValueError, match="unknown model 'alexnet'; expected one of resnet20"):
-        make_model("alexnet", make_layers(), classes=10)
+        make_model("alexnet", make_layers("swish", "batch"), classes=10)
+
+
+def test_shown_factors_include_the_learned_correction():
+    model = MLP(make_layers("nrelu", "none", learnable=True), classes=3, depth=2, width=16)
+    x = np.random.default_rng(0).standard_normal((8, 4, 4, 1)).astype(np.float32)
+    variables = model.init(jax.random.key(0), jnp.asarray(x), train=False)
+    before = [float(layer.normalization.factor) for layer in layer_gains(model, variables, x)]
+    variables["params"]["ANAct_1"]["alpha"] = jnp.float32(100.0)
+    after = [float(layer.normalization.factor) for layer in layer_gains(model, variables, x)]
+    np.testing.assert_allclose(after, [before[0], before[1] + 0.3], rtol=1e-6)
+    np.testing.assert_allclose(factor_range(variables, {}), (min(after), max(after)), rtol=1e-6)

@@ -15,7 +15,7 @@ from experiments import train_resnet
 from experiments.config import TrainConfig
 from experiments.data import Batch, Dataset, Split
 from experiments.loop import DivergenceError, train
-from experiments.models import Layers, activation_layer, conv_layer, norm_layer
+from experiments.models import make_layers
 from experiments.models.mlp import MLP
 from experiments.report import MetricsLog, draw_learning_curves, read_metrics
 from experiments.steps import create_state, make_eval_step, make_optimizer, make_train_step
@@ -25,12 +25,7 @@ PROGRAM = [sys.executable, str(ROOT / "experiments" / "train_resnet.py")]
 
 
 def small_model(activation="nswish", norm="batch"):
-    layers = Layers(
-        conv=conv_layer("lecun", use_bias=True),
-        norm=norm_layer(norm, momentum=0.9, group_size=8),
-        act=activation_layer(activation),
-    )
-    return MLP(layers, classes=2, depth=2, width=16)
+    return MLP(make_layers(activation, norm), classes=2, depth=2, width=16)
 
 
 def two_classes(n, seed=0):
@@ -136,6 +131,7 @@ def test_test_accuracy_counts_every_example_once(tmp_path):
 def test_same_seed_gives_the_same_numbers(tmp_path):
     records = []
     for run in range(3):
+        (tmp_path / str(run)).mkdir()
         with MetricsLog(tmp_path / str(run)) as log:
             train(small_model(), DATASET, config(seed=run // 2, epochs=2), log)
         records.append((tmp_path / str(run) / "metrics.jsonl").read_text())
@@ -147,6 +143,12 @@ def test_divergence_is_an_error_and_keeps_what_was_measured(tmp_path):
     with MetricsLog(tmp_path) as log, pytest.raises(DivergenceError, match=r"the loss is (nan|inf) at step"):
         train(small_model(norm="none"), DATASET, config(learning_rate=1e12), log)
     assert all(np.isfinite(record["train_loss"]) for record in read_metrics(tmp_path))
+
+
+def test_the_last_steps_of_an_epoch_are_recorded_too(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        train(small_model(), DATASET, config(epochs=2), log)
+    assert [r["step"] for r in read_metrics(tmp_path) if "train_loss" in r and r["step"] % 32 == 0] == [32, 64]
 
 
 def test_step_over_eight_devices_equals_one(tmp_path):

@@ -14,8 +14,8 @@ from experiments.models.layers import (
     Plain,
     activation_layer,
     check_activation,
-    conv_layer,
-    norm_layer,
+    check_name,
+    make_layers,
 )
 from experiments.models.mlp import MLP
 from experiments.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet, WideResNet
@@ -29,9 +29,9 @@ __all__ = [
     "Plain",
     "activation_layer",
     "check_activation",
-    "conv_layer",
+    "check_name",
+    "make_layers",
     "make_model",
-    "norm_layer",
 ]
 
 _cifar = functools.partial(ResNet, features=16, block=BasicBlock, project=False)
@@ -62,10 +62,8 @@ def make_model(name: str, layers: Layers, classes: int, stem: str = "small") -> 
     Raises:
         ValueError: unknown name or stem, or a stem that this network does not have.
     """
-    if name not in _MAKERS:
-        raise ValueError(f"unknown model {name!r}; expected one of {', '.join(MODELS)}")
-    if stem not in STEMS:
-        raise ValueError(f"unknown stem {stem!r}; expected one of {', '.join(STEMS)}")
+    check_name("model", name, MODELS)
+    check_name("stem", stem, STEMS)
     maker = _MAKERS[name]
     if "stem" in inspect.signature(maker).parameters:
         return maker(layers=layers, classes=classes, stem=stem)

@@ -62,7 +62,7 @@ class VGG(nn.Module):
         if self.stem == "imagenet":
             x = x.reshape(x.shape[0], -1)
             for _ in range(2):
-                x = act()(nn.Dense(4096)(x))
+                x = act()(self.layers.dense(4096)(x))
         else:
             x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.classes)(x)

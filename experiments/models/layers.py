@@ -1,7 +1,7 @@
-"""The three parts that every network takes from outside, and how to make them."""
+"""The parts that every network takes from outside, and how to make them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -28,11 +28,13 @@ class Layers(NamedTuple):
 
     Attributes:
         conv: takes features, kernel size, strides; makes a convolution.
+        dense: takes features; makes a hidden dense layer.
         norm: takes `use_running_average`; makes a normalization layer.
         act: takes `use_running_average`; makes an activation.
     """
 
     conv: Callable[..., Layer]
+    dense: Callable[..., Layer]
     norm: Callable[[bool], Layer]
     act: Callable[[bool], Layer]
 
@@ -49,6 +51,12 @@ class Plain(nn.Module):
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """fn(x)."""
         return self.fn(x)
+
+
+def check_name(what: str, name: str, known: Iterable[str]) -> None:
+    """Raises ValueError unless `name` is one of `known`."""
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; expected one of {', '.join(known)}")
 
 
 def check_activation(name: str) -> None:
@@ -72,7 +80,12 @@ def activation_layer(name: str, **options: Any) -> Callable[[bool], Layer]:
 
 
 def norm_layer(name: str, *, momentum: float, group_size: int) -> Callable[[bool], Layer]:
-    """Maker of batch, group or no normalization over channels-last input."""
+    """Maker of batch, group or no normalization over channels-last input.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    check_name("norm", name, NORMS)
     if name == "batch":
         return lambda use_running_average: nn.BatchNorm(use_running_average=use_running_average, momentum=momentum)
     if name == "group":
@@ -80,8 +93,27 @@ def norm_layer(name: str, *, momentum: float, group_size: int) -> Callable[[bool
     return lambda use_running_average: lambda x: x
 
 
-def conv_layer(init: str, *, use_bias: bool) -> Callable[..., Layer]:
-    """Maker of convolutions with truncated normal weights; a bias only where no normalization layer brings one."""
+def make_layers(
+    activation: str,
+    norm: str,
+    *,
+    init: str = "lecun",
+    norm_momentum: float = 0.9,
+    group_size: int = 8,
+    **activation_options: Any,
+) -> Layers:
+    """The parts of a network by name; weights are truncated normal of variance `INITS[init]` / fan-in.
+
+    A convolution has a bias only where no normalization layer brings one.
+
+    Raises:
+        ValueError: unknown activation, norm or init.
+    """
+    check_name("init", init, INITS)
     kernel_init = jax.nn.initializers.variance_scaling(INITS[init], "fan_in", "truncated_normal")
-    conv: Callable[..., Layer] = functools.partial(nn.Conv, use_bias=use_bias, kernel_init=kernel_init)
-    return conv
+    return Layers(
+        conv=functools.partial(nn.Conv, use_bias=norm == "none", kernel_init=kernel_init),
+        dense=functools.partial(nn.Dense, kernel_init=kernel_init),
+        norm=norm_layer(norm, momentum=norm_momentum, group_size=group_size),
+        act=activation_layer(activation, **activation_options),
+    )

@@ -7,10 +7,10 @@ from experiments.models.layers import Layers
 
 
 class MLP(nn.Module):
-    """`depth` hidden layers of `width` units; images are flattened. Makes no use of the convolution.
+    """`depth` hidden layers of `width` units; images are flattened.
 
     Attributes:
-        layers: makers of normalization layer and activation.
+        layers: makers of dense layer, normalization layer and activation.
         classes: number of logits.
         depth: number of hidden layers.
         width: units in each.
@@ -27,5 +27,5 @@ class MLP(nn.Module):
         _, norm, act = self.layers.in_mode(train)
         x = x.reshape(x.shape[0], -1)
         for _ in range(self.depth):
-            x = act()(norm()(nn.Dense(self.width)(x)))
+            x = act()(norm()(self.layers.dense(self.width)(x)))
         return nn.Dense(self.classes)(x)
