@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from anact_jax import ACTIVATIONS, REFERENCES, RULES
 from anact_jax.linen import ANAct
-from experiments.data import DATASETS
+from experiments.data import DATASETS, Augmentation, Dataset, load, with_subset
 from experiments.models import INITS, MODELS, NORMS, STEMS, check_name
 
 
@@ -18,13 +18,89 @@ def _one_of(*names: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class Recipe:
+    """What is trained on and how: all but the network, the learning rate and the seed."""
+
+    dataset: Annotated[str, arg(help=_one_of(*DATASETS))] = "digits"
+    data_dir: Path | None = None
+    """folder of tensorflow-datasets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets"""
+    train_images: int | None = None
+    """number of training images, by default all"""
+    validation_images: int = 0
+    """training images held out to measure on; 0 measures on the test split"""
+    pool: int = 1
+    """width of the blocks of pixels averaged into one: 2 halves the resolution"""
+    augment: bool = True
+    """shift and mirror training images as is usual for the data set (digits: neither)"""
+    cutout: int = 0
+    """side of a square in each training image that is blanked; 0 for none"""
+    memory_gib: float = 4.0
+    """size up to which decoded images are kept in memory; larger data sets are decoded as they are needed"""
+    workers: int = 4
+    """processes that decode then"""
+    epochs: int = 15
+    """passes over the training data"""
+    batch_size: int = 64
+    """examples in a step, over all devices"""
+    warmup_epochs: float = 1.0
+    """epochs during which the learning rate rises"""
+    momentum: float = 0.9
+    """momentum of SGD, 0 to 1"""
+    weight_decay: float = 5e-4
+    """L2 penalty on kernels, added to their gradient"""
+    init: Annotated[
+        str, arg(help=f"{_one_of(*INITS)}: variance of a kernel's weights, 1/fan_in or 2/fan_in; normalized: lecun")
+    ] = "lecun"
+    norm_momentum: float = 0.9
+    """weight of the past in the running statistics of batch normalization, 0 to 1"""
+    group_size: int = 8
+    """channels in a group of group normalization"""
+    stem: Annotated[
+        str, arg(help=f"first layers, {_one_of(*STEMS)}: a 3x3 convolution, or 7x7 of stride 2 and pooling")
+    ] = "small"
+
+    def check(self) -> None:
+        """Raises ValueError, in one line, at the first setting that cannot be."""
+        check_name("dataset", self.dataset, DATASETS)
+        for name in ("epochs", "batch_size", "group_size", "pool"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_epochs", "weight_decay", "cutout", "workers", "memory_gib", "validation_images"):
+            check_not_negative(name, getattr(self, name))
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs must be less than epochs ({self.epochs}), got {self.warmup_epochs}")
+        for name in ("momentum", "norm_momentum"):
+            check_fraction(name, getattr(self, name))
+
+    def load_data(self) -> Dataset:
+        """The data set, or the part of it that these settings ask for.
+
+        Raises:
+            DataError: it cannot be read.
+            ValueError: it is too small for these settings.
+        """
+        dataset = load(self.dataset, self.data_dir, round(self.memory_gib * 2**30))
+        if self.train_images is not None or self.validation_images or self.pool > 1:
+            dataset = with_subset(dataset, train=self.train_images, validation=self.validation_images, pool=self.pool)
+        if self.batch_size > len(dataset.train):
+            raise ValueError(
+                f"batch_size {self.batch_size} is larger than the training data, {len(dataset.train)} examples"
+            )
+        return dataset
+
+    def augmentation(self, dataset: Dataset) -> Augmentation:
+        """What training images go through."""
+        usual = Augmentation(dataset.pad, dataset.flip) if self.augment else Augmentation()
+        return dataclasses.replace(usual, cutout=self.cutout)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Recipe):
     """Trains a residual network and reports its test accuracy.
 
     The same configuration and seed give the same numbers on the same machine.
     """
 
-    dataset: Annotated[str, arg(help=_one_of(*DATASETS))] = "digits"
     model: Annotated[str, arg(help=_one_of(*MODELS))] = "resnet20"
     activation: Annotated[str, arg(help=f"{_one_of(*ACTIVATIONS)}; with n before it, as in nswish, normalized")] = (
         "nswish"
@@ -41,56 +117,44 @@ class TrainConfig:
     """learn a bounded correction of each factor"""
     activation_momentum: float = ANAct.momentum
     """weight of the past in the running statistics of activations, 0 to 1"""
+    activation_scale: float = 1.0
+    """multiplies every activation: what happens where the gain is not what the rule makes it"""
     norm: Annotated[str, arg(help=f"normalization layer: {_one_of(*NORMS)}")] = "batch"
-    norm_momentum: float = 0.9
-    """weight of the past in the running statistics of batch normalization, 0 to 1"""
-    group_size: int = 8
-    """channels in a group of group normalization"""
-    stem: Annotated[
-        str, arg(help=f"first layers, {_one_of(*STEMS)}: a 3x3 convolution, or 7x7 of stride 2 and pooling")
-    ] = "small"
-    init: Annotated[
-        str, arg(help=f"{_one_of(*INITS)}: variance of a kernel's weights, 1/fan_in or 2/fan_in; normalized: lecun")
-    ] = "lecun"
-    epochs: int = 15
-    """passes over the training data"""
-    batch_size: int = 64
-    """examples in a step, over all devices"""
     learning_rate: float = 0.05
     """peak learning rate of SGD; it rises linearly, then falls to 0 along a cosine"""
-    warmup_epochs: float = 1.0
-    """epochs during which the learning rate rises"""
-    momentum: float = 0.9
-    """momentum of SGD, 0 to 1"""
-    weight_decay: float = 5e-4
-    """L2 penalty on kernels, added to their gradient"""
     seed: int = 0
     """of initial weights and of the order of examples"""
     workdir: Path | None = None
     """folder for results, made if it does not exist; by default a new one under runs/"""
 
     def check(self) -> None:
-        """Raises ValueError, in one line, at the first setting that cannot be; `build_model` tries the network's."""
-        for name, value, known in (
-            ("dataset", self.dataset, DATASETS),
-            ("rule", self.rule, RULES),
-            ("reference", self.reference, REFERENCES),
-        ):
-            check_name(name, value, known)
-        for name in ("epochs", "batch_size", "group_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate}")
-        for name in ("warmup_epochs", "weight_decay", "seed"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs must be less than epochs ({self.epochs}), got {self.warmup_epochs}")
-        for name in ("momentum", "activation_momentum", "norm_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        """Raises ValueError, in one line, at the first setting that cannot be; `make_network` tries the network's."""
+        super().check()
+        check_name("rule", self.rule, RULES)
+        check_name("reference", self.reference, REFERENCES)
+        check_positive("learning_rate", self.learning_rate)
+        check_positive("activation_scale", self.activation_scale)
+        check_not_negative("seed", self.seed)
+        check_fraction("activation_momentum", self.activation_momentum)
 
     def to_json(self) -> str:
         """All settings, readable."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+
+def check_positive(name: str, value: int | float) -> None:
+    """Raises ValueError unless it is a positive number."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def check_not_negative(name: str, value: int | float) -> None:
+    """Raises ValueError unless it is a number from 0 on."""
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def check_fraction(name: str, value: int | float) -> None:
+    """Raises ValueError unless it lies between 0 and 1."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")

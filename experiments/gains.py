@@ -24,7 +24,9 @@ class LayerGains(NamedTuple):
     normalized: Gains
 
 
-def layer_gains(model: nn.Module, variables: PyTree[Array], images: Float[np.ndarray, "n h w c"]) -> list[LayerGains]:
+def layer_gains(
+    model: nn.Module, variables: PyTree[Array], images: Float[np.ndarray, "n h w c"] | Float[Array, "n h w c"]
+) -> list[LayerGains]:
     """Gains of every activation on a batch, in the order in which they run, in inference mode."""
     names: list[str] = []
 

@@ -1,19 +1,18 @@
 """The training loop: epochs of steps, an evaluation after each, everything reported as it is measured."""
 
+import itertools
 import math
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
 from experiments.config import TrainConfig
-from experiments.data import Dataset, Split, evaluation_batches, training_batches
+from experiments.data import Dataset, evaluation_batches, training_batches
 from experiments.gains import factor_range
-from experiments.report import MetricsLog
-from experiments.steps import TrainState, create_state, make_eval_step, make_optimizer, make_train_step
+from experiments.steps import Steps, TrainState, steps_per_epoch
 
 _RECORDS_PER_EPOCH = 5
 
@@ -22,44 +21,53 @@ class DivergenceError(Exception):
     """The loss is no longer a finite number."""
 
 
-def train(model: nn.Module, dataset: Dataset, config: TrainConfig, log: MetricsLog) -> tuple[TrainState, float]:
+@runtime_checkable
+class Log(Protocol):
+    """Takes what is measured, as `MetricsLog` does."""
+
+    def write(self, step: int, epoch: float, **values: float) -> None:
+        """Adds a record."""
+        ...
+
+
+def train(
+    steps: Steps, dataset: Dataset, config: TrainConfig, log: Log, *, show_progress: bool = True
+) -> tuple[TrainState, float]:
     """Trains over all devices of this process; returns the final state and its test accuracy.
 
     Raises:
         DivergenceError: the loss became infinite or NaN.
     """
-    steps_per_epoch = len(dataset.train.labels) // config.batch_size
+    per_epoch = steps_per_epoch(config, dataset)
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     over_devices = NamedSharding(mesh, PartitionSpec("data"))
-    optimizer = make_optimizer(config, steps_per_epoch)
-    state = create_state(model, optimizer, dataset.train.images.shape[1:], config.seed)
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    train_step, eval_step = make_train_step(model, optimizer), make_eval_step(model)
+    state = jax.device_put(steps.create(config.seed, config.learning_rate), NamedSharding(mesh, PartitionSpec()))
     options: dict[str, Any] = {"rule": config.rule, "center": config.center, "reference": config.reference}
     factors = jax.jit(lambda variables: factor_range(variables, options))
-
-    def evaluate(split: Split) -> dict[str, float]:
-        sums = [
-            jax.device_get(eval_step(state, jax.device_put(batch, over_devices)))
-            for batch in evaluation_batches(split, config.batch_size)
-        ]
-        count = sum(int(s["count"]) for s in sums)
-        return {
-            "loss": sum(float(s["loss"]) for s in sums) / count,
-            "accuracy": sum(int(s["correct"]) for s in sums) / count,
-        }
-
-    every = max(1, steps_per_epoch // _RECORDS_PER_EPOCH)
+    batches = training_batches(
+        dataset,
+        config.batch_size,
+        seed=config.seed,
+        epochs=config.epochs,
+        augmentation=config.augmentation(dataset),
+        workers=config.workers,
+    )
+    every = max(1, per_epoch // _RECORDS_PER_EPOCH)
     test: dict[str, float] = {}
     for epoch in range(config.epochs):
-        batches = training_batches(dataset.train, config.batch_size, config.seed, epoch)
-        bar = tqdm(batches, total=steps_per_epoch, desc=f"epoch {epoch + 1}/{config.epochs}", unit="step")
+        bar = tqdm(
+            itertools.islice(batches, per_epoch),
+            total=per_epoch,
+            desc=f"epoch {epoch + 1}/{config.epochs}",
+            unit="step",
+            disable=not show_progress,
+        )
         recent = []
         for position, batch in enumerate(bar, start=1):
-            state, metrics = train_step(state, jax.device_put(batch, over_devices))
+            state, metrics = steps.train(state, jax.device_put(batch, over_devices))
             recent.append(metrics)
-            if position % every == 0 or position == steps_per_epoch:
-                step = epoch * steps_per_epoch + position
+            if position % every == 0 or position == per_epoch:
+                step = epoch * per_epoch + position
                 values = _mean_of(recent)
                 recent = []
                 if not math.isfinite(values["train_loss"]):
@@ -69,11 +77,24 @@ def train(model: nn.Module, dataset: Dataset, config: TrainConfig, log: MetricsL
                 spread = factors(state.variables)
                 if spread is not None:
                     values["factor_min"], values["factor_max"] = (float(value) for value in spread)
-                log.write(step, step / steps_per_epoch, **values)
+                log.write(step, step / per_epoch, **values)
                 bar.set_postfix_str(_summary(values | {f"test_{name}": value for name, value in test.items()}))
-        test = evaluate(dataset.test)
-        log.write((epoch + 1) * steps_per_epoch, epoch + 1.0, **{f"test_{name}": value for name, value in test.items()})
+        measured = evaluate(steps, state, dataset, config.batch_size, over_devices)
+        test = {name: float(value) for name, value in measured.items()}
+        log.write((epoch + 1) * per_epoch, epoch + 1.0, **{f"test_{name}": value for name, value in test.items()})
     return state, test["accuracy"]
+
+
+def evaluate(
+    steps: Steps, state: TrainState, dataset: Dataset, batch_size: int, sharding: Sharding | None = None
+) -> dict[str, Any]:
+    """Mean loss and accuracy over the test examples, each counted once; of every run, where there are several."""
+    sums = [
+        jax.device_get(steps.evaluate(state, jax.device_put(batch, sharding)))
+        for batch in evaluation_batches(dataset, batch_size)
+    ]
+    loss, correct, count = (np.sum([s[name] for s in sums], axis=0) for name in ("loss", "correct", "count"))
+    return {"loss": loss / count, "accuracy": correct / count}
 
 
 def _mean_of(metrics: list[dict[str, Any]]) -> dict[str, float]:

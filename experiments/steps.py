@@ -1,5 +1,6 @@
-"""Training state, the optimizer, and the two compiled steps."""
+"""Training state, the optimizer, and the compiled steps."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -7,10 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from experiments.config import TrainConfig
-from experiments.data import Batch
+from experiments.config import Recipe
+from experiments.data import Batch, Dataset
 
 Metrics: TypeAlias = dict[str, Array]
 
@@ -22,6 +24,7 @@ class TrainState(NamedTuple):
     params: PyTree[Array]
     batch_stats: PyTree[Array]
     opt_state: PyTree[Array]
+    learning_rate: Float[Array, ""]
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -29,41 +32,76 @@ class TrainState(NamedTuple):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD with momentum and weight decay on kernels, under a linear rise and a cosine fall."""
+class Steps(NamedTuple):
+    """Compiled functions of one network and schedule; they serve every seed and every learning rate.
+
+    Attributes:
+        create: seed and learning rate -> fresh state.
+        train: state, which is consumed, and batch -> next state and metrics.
+        evaluate: state and batch -> sums over the batch's valid examples: loss, correct, count.
+    """
+
+    create: Callable[[ArrayLike, ArrayLike], TrainState]
+    train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[TrainState, Batch], Metrics]
+
+
+def make_steps(model: nn.Module, recipe: Recipe, dataset: Dataset, *, together: bool = False) -> Steps:
+    """The compiled functions; with `together` they take and give a leading axis of runs (`evaluate`: for one batch)."""
+    optimizer = make_optimizer(recipe, steps_per_epoch(recipe, dataset))
+    create: Any = functools.partial(create_state, model, optimizer, dataset.train.shape)
+    train, evaluate = make_train_step(model, optimizer), make_eval_step(model)
+    if together:
+        create, train, evaluate = jax.vmap(create), jax.vmap(train), jax.vmap(evaluate, (0, None))
+    return Steps(jax.jit(create), jax.jit(train, donate_argnums=0), jax.jit(evaluate))
+
+
+def steps_per_epoch(recipe: Recipe, dataset: Dataset) -> int:
+    """Full batches in the training data."""
+    return len(dataset.train) // recipe.batch_size
+
+
+def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD with momentum and weight decay on kernels, under a linear rise and a cosine fall.
+
+    Its peak learning rate is 1; the training step multiplies by the state's, so that one compiled
+    step serves all learning rates.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
-        decay_steps=config.epochs * steps_per_epoch,
+        peak_value=1.0,
+        warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
+        decay_steps=recipe.epochs * steps_per_epoch,
     )
 
     def kernels(params: PyTree[Array]) -> PyTree[bool]:
         return jax.tree.map(lambda parameter: parameter.ndim > 1, params)
 
     return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=kernels), optax.sgd(schedule, momentum=config.momentum)
+        optax.add_decayed_weights(recipe.weight_decay, mask=kernels), optax.sgd(schedule, momentum=recipe.momentum)
     )
 
 
 def create_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    seed: ArrayLike,
+    learning_rate: ArrayLike,
 ) -> TrainState:
     """Fresh state for images of one shape."""
-    variables = jax.jit(model.init, static_argnames="train")(
-        jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False
-    )
-    params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params))
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    rate = jnp.asarray(learning_rate, jnp.float32)
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), rate)
 
 
 def make_train_step(
     model: nn.Module, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One compiled step: forward, backward, update of parameters and running statistics.
+    """One step: forward, backward, update of parameters and running statistics.
 
-    Over sharded batches the compiler makes every mean global, those of the statistics too. The
-    state given to it is consumed.
+    Compiled over sharded batches, every mean is global, those of the statistics too.
     """
 
     def loss(params: PyTree[Array], state: TrainState, batch: Batch) -> tuple[Array, tuple[Array, PyTree[Array]]]:
@@ -74,15 +112,16 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (value, (logits, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, state, batch)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        updates = jax.tree.map(lambda update: state.learning_rate.astype(update.dtype) * update, updates)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": value, "accuracy": jnp.mean(_correct(logits, batch), dtype=jnp.float32)}
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state, state.learning_rate), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return step
 
 
 def make_eval_step(model: nn.Module) -> Callable[[TrainState, Batch], Metrics]:
-    """Compiled sums over a batch's valid examples: loss, correct answers, and their number."""
+    """Sums over a batch's valid examples: loss, correct answers, and their number."""
 
     def step(state: TrainState, batch: Batch) -> Metrics:
         logits = model.apply(state.variables, batch.images, train=False)
@@ -92,7 +131,7 @@ def make_eval_step(model: nn.Module) -> Callable[[TrainState, Batch], Metrics]:
             "count": jnp.sum(batch.valid),
         }
 
-    return jax.jit(step)
+    return step
 
 
 def _cross_entropy(logits: Any, batch: Batch) -> Float[Array, " batch"]:

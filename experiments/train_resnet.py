@@ -1,84 +1,70 @@
 """Trains a residual network: parse, wire, call the loop. See `python experiments/train_resnet.py --help`."""
 
+import argparse
 import datetime
-import functools
+import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import flax.linen as nn
-import jax
 import tyro
 
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
 from experiments.config import TrainConfig
-from experiments.data import DATASETS, Dataset
+from experiments.data import DataError, evaluation_batches
 from experiments.gains import layer_gains
 from experiments.loop import DivergenceError, train
-from experiments.models import make_layers, make_model
+from experiments.models import check_name
+from experiments.network import check_devices, make_network
+from experiments.presets import PRESETS
 from experiments.report import MetricsLog, draw_gains, draw_learning_curves
+from experiments.steps import make_steps
 
-INTERRUPTED = 130  # as a shell reports SIGINT
 GAIN_IMAGES = 256  # test images on which the gains in the picture are measured
 
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(TrainConfig)
     try:
+        config = parse(sys.argv[1:])
         config.check()
-        dataset = DATASETS[config.dataset]()
-        check_batch_size(config.batch_size, dataset)
-        model = build_model(config, dataset)
+        dataset = config.load_data()
+        check_devices(config.batch_size)
+        model = make_network(config, dataset)
         workdir = make_workdir(config)
-    except (ValueError, OSError) as error:
-        return fail(str(error), status=2)
+    except (DataError, ValueError, OSError) as error:
+        return fail(str(error), BAD_SETTINGS)
 
     status, outcome = 0, ""
     try:
         with MetricsLog(workdir) as log:
-            state, accuracy = train(model, dataset, config, log)
-        draw_gains(layer_gains(model, state.variables, dataset.test.images[:GAIN_IMAGES]), workdir)
+            state, accuracy = train(make_steps(model, config, dataset), dataset, config, log)
+        images = next(evaluation_batches(dataset, GAIN_IMAGES)).images
+        draw_gains(layer_gains(model, state.variables, images), workdir)
         outcome = f"test_accuracy={accuracy:.4f} workdir={workdir}"
     except DivergenceError as error:
-        status = fail(f"{error}; what was measured is in {workdir}", status=1)
+        status = fail(f"{error}; what was measured is in {workdir}", FAILED)
     except KeyboardInterrupt:
-        status = fail(f"interrupted; what was measured is in {workdir}", status=INTERRUPTED)
+        status = fail(f"interrupted; what was measured is in {workdir}", INTERRUPTED)
     draw_learning_curves(workdir)
     if outcome:
         print(outcome)
     return status
 
 
-def build_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
-    """The network, tried out on the data set's shapes without computing anything.
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """The settings at the command line; with `--preset NAME` those that are not given are the preset's.
 
     Raises:
-        ValueError: a name is unknown, or its layers do not fit together, or not with the images.
+        ValueError: no preset has this name.
     """
-    layers = make_layers(
-        config.activation,
-        config.norm,
-        init=config.init,
-        norm_momentum=config.norm_momentum,
-        group_size=config.group_size,
-        rule=config.rule,
-        center=config.center,
-        reference=config.reference,
-        stop_gradient=config.stop_gradient,
-        learnable=config.learnable,
-        momentum=config.activation_momentum,
-    )
-    model = make_model(config.model, layers, dataset.classes, config.stem)
-    jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), dataset.train.images[:1])
-    return model
-
-
-def check_batch_size(batch_size: int, dataset: Dataset) -> None:
-    """Raises ValueError where a batch cannot be filled, or not divided among the devices."""
-    examples, devices = len(dataset.train.labels), jax.local_device_count()
-    if batch_size > examples:
-        raise ValueError(f"batch_size {batch_size} is larger than the training data, {examples} examples")
-    if batch_size % devices:
-        raise ValueError(f"batch_size {batch_size} must be a multiple of the number of devices, {devices}")
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--preset", default="digits")
+    known, rest = before.parse_known_args(arguments)
+    check_name("preset", known.preset, PRESETS)
+    listed = "".join(f"\n\n{name}: {preset}" for name, preset in PRESETS.items())
+    description = f"{inspect.getdoc(TrainConfig)}\n\n--preset NAME starts from other settings than these:{listed}"
+    return tyro.cli(TrainConfig, args=rest, default=PRESETS[known.preset].config, description=description)
 
 
 def make_workdir(config: TrainConfig) -> Path:
@@ -95,12 +81,6 @@ def make_workdir(config: TrainConfig) -> Path:
         raise ValueError(f"{workdir} holds a run already; give another --workdir")
     (workdir / "config.json").write_text(config.to_json())
     return workdir
-
-
-def fail(message: str, status: int) -> int:
-    """Says in one line what is wrong; returns the exit status."""
-    print(f"train_resnet.py: {message}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

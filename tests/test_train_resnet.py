@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import signal
 import subprocess
@@ -13,12 +14,16 @@ import pytest
 
 from experiments import train_resnet
 from experiments.config import TrainConfig
-from experiments.data import Batch, Dataset, Split
+from experiments.data import Batch, Dataset, training_batches
+from experiments.data.pipeline import standardize
+from experiments.data.sets import Arrays
 from experiments.loop import DivergenceError, train
 from experiments.models import make_layers
 from experiments.models.mlp import MLP
+from experiments.network import make_network
+from experiments.presets import PRESETS
 from experiments.report import MetricsLog, draw_learning_curves, read_metrics
-from experiments.steps import create_state, make_eval_step, make_optimizer, make_train_step
+from experiments.steps import create_state, make_eval_step, make_optimizer, make_steps, make_train_step
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, str(ROOT / "experiments" / "train_resnet.py")]
@@ -29,9 +34,9 @@ def small_model(activation="nswish", norm="batch"):
 
 
 def two_classes(n, seed=0):
-    """Images whose label is the sign of their mean."""
-    images = np.random.default_rng(seed).standard_normal((n, 4, 4, 1)).astype(np.float32)
-    return Split(images, (images.mean((1, 2, 3)) > 0).astype(np.int32))
+    """Images whose label says whether they are bright."""
+    images = np.random.default_rng(seed).integers(0, 256, (n, 4, 4, 1), np.uint8)
+    return Arrays(images, (images.mean((1, 2, 3)) > 127.5).astype(np.int32))
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +46,13 @@ def standard_promotion():
         yield
 
 
-DATASET = Dataset(two_classes(1024), two_classes(100, seed=1), classes=2)
+DATASET = Dataset(
+    two_classes(1024), two_classes(100, seed=1), 2, np.array([127.5]), np.array([74.0]), pad=0, flip=False
+)
+
+
+def run(model, config, log):
+    return train(make_steps(model, config, DATASET), DATASET, config, log)
 
 
 def run_main(monkeypatch, capsys, *arguments):
@@ -55,6 +66,7 @@ def run_main(monkeypatch, capsys, *arguments):
     [
         (["--activation", "swsh"], "unknown activation 'swsh'; expected one of elu, gelu"),
         (["--activation", "nnswish"], "unknown activation 'nnswish'"),
+        (["--preset", "resnet"], "unknown preset 'resnet'; expected one of digits, resnet18_cifar100"),
         (["--rule", "median"], "unknown rule 'median'; expected one of mean, forward"),
         (["--reference", "output"], "unknown reference 'output'"),
         (["--model", "resnet21"], "unknown model 'resnet21'; expected one of resnet20"),
@@ -110,7 +122,7 @@ def config(**settings):
 @pytest.mark.parametrize("activation", ["swish", "nswish"])
 def test_training_learns_and_records_what_it_measures(activation, tmp_path):
     with MetricsLog(tmp_path) as log:
-        state, accuracy = train(small_model(activation), DATASET, config(), log)
+        state, accuracy = run(small_model(activation), config(), log)
     assert accuracy > 0.9
     assert int(state.step) == 6 * 32
     records = read_metrics(tmp_path)
@@ -123,47 +135,49 @@ def test_training_learns_and_records_what_it_measures(activation, tmp_path):
 
 def test_test_accuracy_counts_every_example_once(tmp_path):
     with MetricsLog(tmp_path) as log:
-        state, accuracy = train(small_model(), DATASET, config(), log)
-    logits = small_model().apply(jax.device_get(state.variables), jnp.asarray(DATASET.test.images), train=False)
+        state, accuracy = run(small_model(), config(), log)
+    logits = small_model().apply(
+        jax.device_get(state.variables), standardize(DATASET.test.images, DATASET), train=False
+    )
     assert accuracy == np.mean(np.argmax(logits, -1) == DATASET.test.labels)
 
 
 def test_same_seed_gives_the_same_numbers(tmp_path):
     records = []
-    for run in range(3):
-        (tmp_path / str(run)).mkdir()
-        with MetricsLog(tmp_path / str(run)) as log:
-            train(small_model(), DATASET, config(seed=run // 2, epochs=2), log)
-        records.append((tmp_path / str(run) / "metrics.jsonl").read_text())
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        with MetricsLog(tmp_path / str(number)) as log:
+            run(small_model(), config(seed=number // 2, epochs=2), log)
+        records.append((tmp_path / str(number) / "metrics.jsonl").read_text())
     assert records[0] == records[1]
     assert records[0] != records[2]
 
 
 def test_divergence_is_an_error_and_keeps_what_was_measured(tmp_path):
     with MetricsLog(tmp_path) as log, pytest.raises(DivergenceError, match=r"the loss is (nan|inf) at step"):
-        train(small_model(norm="none"), DATASET, config(learning_rate=1e12), log)
+        run(small_model(norm="none"), config(learning_rate=1e12), log)
     assert all(np.isfinite(record["train_loss"]) for record in read_metrics(tmp_path))
 
 
 def test_the_last_steps_of_an_epoch_are_recorded_too(tmp_path):
     with MetricsLog(tmp_path) as log:
-        train(small_model(), DATASET, config(epochs=2), log)
+        run(small_model(), config(epochs=2), log)
     assert [r["step"] for r in read_metrics(tmp_path) if "train_loss" in r and r["step"] % 32 == 0] == [32, 64]
 
 
 def test_step_over_eight_devices_equals_one(tmp_path):
     assert jax.local_device_count() == 8
     with MetricsLog(tmp_path) as log:
-        sharded, _ = train(small_model(), DATASET, config(epochs=2), log)
+        sharded, _ = run(small_model(), config(epochs=2), log)
     assert len(sharded.params["Dense_0"]["kernel"].sharding.device_set) == 8
     model, optimizer = small_model(), make_optimizer(config(epochs=2), steps_per_epoch=32)
-    state = create_state(model, optimizer, (4, 4, 1), seed=0)
-    step = make_train_step(model, optimizer)
+    state = create_state(model, optimizer, (4, 4, 1), 0, config().learning_rate)
+    step = jax.jit(make_train_step(model, optimizer))
     for epoch in range(2):
         order = np.random.default_rng((0, epoch)).permutation(1024).reshape(32, 32)
         for rows in order:
-            batch = Batch(DATASET.train.images[rows], DATASET.train.labels[rows], np.ones(32, bool))
-            state, _ = step(state, batch)
+            images = standardize(DATASET.train.images[rows], DATASET)
+            state, _ = step(state, Batch(images, DATASET.train.labels[rows], np.ones(32, bool)))
     chex.assert_trees_all_close(jax.device_get(sharded.params), jax.device_get(state.params), rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(
         jax.device_get(sharded.batch_stats), jax.device_get(state.batch_stats), rtol=1e-4, atol=1e-5
@@ -174,15 +188,15 @@ def test_weight_decay_acts_on_kernels_alone():
     optimizer = make_optimizer(config(weight_decay=0.1, momentum=0.0, warmup_epochs=0.0), steps_per_epoch=8)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], -0.05 * 0.1, rtol=1e-5)
+    np.testing.assert_allclose(updates["kernel"], -0.1, rtol=1e-5)  # times the learning rate in the step
     np.testing.assert_allclose(updates["bias"], 0.0)
 
 
 def test_padding_does_not_count_in_evaluation():
     model, optimizer = small_model(), make_optimizer(config(), steps_per_epoch=8)
-    state = create_state(model, optimizer, (4, 4, 1), seed=0)
-    evaluate = make_eval_step(model)
-    images, labels = DATASET.test.images[:8], DATASET.test.labels[:8]
+    state = create_state(model, optimizer, (4, 4, 1), 0, config().learning_rate)
+    evaluate = jax.jit(make_eval_step(model))
+    images, labels = standardize(DATASET.test.images[:8], DATASET), DATASET.test.labels[:8]
     whole = evaluate(state, Batch(images, labels, np.ones(8, bool)))
     valid = np.arange(8) < 5
     part = evaluate(state, Batch(images, labels, valid))
@@ -223,3 +237,43 @@ def test_program_leaves_its_results_in_workdir(tmp_path):
     for shown in ("loss", "accuracy", "factors", "epoch 2/2"):
         assert shown in run.stderr
     assert b"test/accuracy" in b"".join(path.read_bytes() for path in (tmp_path / "run").glob("events.*"))
+
+
+def test_a_preset_is_where_settings_start():
+    config = train_resnet.parse(["--seed", "3", "--preset", "resnet50_cifar100", "--epochs", "7"])
+    assert config == dataclasses.replace(PRESETS["resnet50_cifar100"].config, seed=3, epochs=7)
+    assert train_resnet.parse([]) == PRESETS["digits"].config == TrainConfig()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_says_what_to_expect(name):
+    preset = PRESETS[name]
+    preset.config.check()
+    assert preset.score.startswith(("measured: ", "published: "))
+    assert ("not measured here" in preset.time) == preset.score.startswith("published")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_takes_two_steps_at_full_shape(name):
+    config = PRESETS[name].config
+    shape, classes = {"digits": ((8, 8, 1), 10), "cifar100": ((32, 32, 3), 100), "tiny_imagenet": ((64, 64, 3), 200)}[
+        config.dataset
+    ]
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2 * config.batch_size, *shape), np.uint8)
+    examples = Arrays(images, rng.integers(0, classes, len(images), np.int32))
+    channels = np.full(shape[-1], 128.0)
+    dataset = Dataset(examples, examples, classes, channels, channels / 2, pad=4, flip=True)
+    steps = make_steps(make_network(config, dataset), config, dataset)
+    state = steps.create(0, config.learning_rate)
+    before = jax.device_get(state.params)
+    for batch in training_batches(
+        dataset, config.batch_size, seed=0, epochs=1, augmentation=config.augmentation(dataset)
+    ):
+        state, metrics = steps.train(state, batch)
+        assert 0 < float(metrics["loss"]) < 100
+    assert int(state.step) == 2
+    after = jax.device_get(state.params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))

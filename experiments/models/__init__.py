@@ -47,9 +47,10 @@ _MAKERS: dict[str, Callable[..., nn.Module]] = {
     "resnet101": functools.partial(_imagenet, stage_sizes=(3, 4, 23, 3), block=BottleneckBlock),
     "wrn16_4": functools.partial(WideResNet, depth=16, widen=4),
     "wrn28_10": functools.partial(WideResNet, depth=28, widen=10),
-    "vgg11": functools.partial(VGG, stage_sizes=(1, 1, 2, 2, 2)),
-    "vgg16": functools.partial(VGG, stage_sizes=(2, 2, 3, 3, 3)),
-    "cnn12": functools.partial(PlainCNN, depth=12, features=32),
+    "vgg11": functools.partial(VGG, stage_sizes=(1, 1, 2, 2, 2), features=64),
+    "vgg11_narrow": functools.partial(VGG, stage_sizes=(1, 1, 2, 2, 2), features=16),
+    "vgg16": functools.partial(VGG, stage_sizes=(2, 2, 3, 3, 3), features=64),
+    "cnn12": functools.partial(PlainCNN, depth=12, features=16),
     "mlp10": functools.partial(MLP, depth=10, width=128),
     "mlp30": functools.partial(MLP, depth=30, width=128),
 }

@@ -39,7 +39,8 @@ class VGG(nn.Module):
     Attributes:
         layers: makers of convolution, normalization layer and activation.
         classes: number of logits.
-        stage_sizes: convolutions in each stage, of 64, 128, 256, 512, 512 channels.
+        stage_sizes: convolutions in each of the five stages.
+        features: channels of the first stage, 64 in the publication; the others have 2, 4, 8, 8 times as many.
         stem: `"imagenet"` has the two hidden layers of 4,096 units on the flattened image of the
             publication (without its dropout); `"small"`, for images of about 32 pixels, classifies the
             mean over the image, as is usual there.
@@ -48,15 +49,16 @@ class VGG(nn.Module):
     layers: Layers
     classes: int
     stage_sizes: tuple[int, ...]
+    features: int
     stem: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch classes"]:
         """Logits."""
         conv, norm, act = self.layers.in_mode(train)
-        for features, convolutions in zip((64, 128, 256, 512, 512), self.stage_sizes, strict=True):
+        for multiple, convolutions in zip((1, 2, 4, 8, 8), self.stage_sizes, strict=True):
             for _ in range(convolutions):
-                x = act()(norm()(conv(features, (3, 3))(x)))
+                x = act()(norm()(conv(multiple * self.features, (3, 3))(x)))
             if min(x.shape[1:3]) > 1:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
         if self.stem == "imagenet":

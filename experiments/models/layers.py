@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ INITS = {"lecun": 1.0, "he": 2.0}  # variance of a weight times fan-in
 NORMS = ("batch", "group", "none")
 
 
+@runtime_checkable
 class Layer(Protocol):
     """Anything that maps an array to an array."""
 
@@ -51,6 +52,17 @@ class Plain(nn.Module):
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """fn(x)."""
         return self.fn(x)
+
+
+class Scaled(nn.Module):
+    """An activation times a constant."""
+
+    layer: Layer
+    scale: float
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Scale * layer(x)."""
+        return self.scale * self.layer(x)
 
 
 def check_name(what: str, name: str, known: Iterable[str]) -> None:
@@ -100,20 +112,23 @@ def make_layers(
     init: str = "lecun",
     norm_momentum: float = 0.9,
     group_size: int = 8,
+    activation_scale: float = 1.0,
     **activation_options: Any,
 ) -> Layers:
     """The parts of a network by name; weights are truncated normal of variance `INITS[init]` / fan-in.
 
-    A convolution has a bias only where no normalization layer brings one.
+    A convolution has a bias only where no normalization layer brings one. Activations are multiplied
+    by `activation_scale`: 1, but for studies of what happens elsewhere.
 
     Raises:
         ValueError: unknown activation, norm or init.
     """
     check_name("init", init, INITS)
+    act = activation_layer(activation, **activation_options)
     kernel_init = jax.nn.initializers.variance_scaling(INITS[init], "fan_in", "truncated_normal")
     return Layers(
         conv=functools.partial(nn.Conv, use_bias=norm == "none", kernel_init=kernel_init),
         dense=functools.partial(nn.Dense, kernel_init=kernel_init),
         norm=norm_layer(norm, momentum=norm_momentum, group_size=group_size),
-        act=activation_layer(activation, **activation_options),
+        act=act if activation_scale == 1 else lambda mode: Scaled(act(mode), activation_scale),
     )

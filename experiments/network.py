@@ -1,0 +1,43 @@
+"""The network that a configuration asks for."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments.config import TrainConfig
+from experiments.data import Dataset
+from experiments.models import make_layers, make_model
+
+
+def make_network(config: TrainConfig, dataset: Dataset) -> nn.Module:
+    """The network, tried out on the data set's shapes without computing anything.
+
+    Raises:
+        ValueError: a name is unknown, or its layers do not fit together, or not with the images.
+    """
+    layers = make_layers(
+        config.activation,
+        config.norm,
+        init=config.init,
+        norm_momentum=config.norm_momentum,
+        group_size=config.group_size,
+        rule=config.rule,
+        center=config.center,
+        reference=config.reference,
+        stop_gradient=config.stop_gradient,
+        learnable=config.learnable,
+        momentum=config.activation_momentum,
+        activation_scale=config.activation_scale,
+    )
+    model = make_model(config.model, layers, dataset.classes, config.stem)
+    jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, *dataset.train.shape)))
+    return model
+
+
+def check_devices(batch_size: int) -> None:
+    """Raises ValueError where a batch cannot be divided among the devices."""
+    devices = jax.local_device_count()
+    if batch_size % devices:
+        raise ValueError(f"batch_size {batch_size} must be a multiple of the number of devices, {devices}")

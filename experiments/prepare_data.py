@@ -1,0 +1,189 @@
+"""Makes a data set of tensorflow-datasets, out of downloads or of archives that are already there.
+
+See `python experiments/prepare_data.py --help`.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import gzip
+import hashlib
+import io
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg
+
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
+from experiments.data import DATASETS, DataError
+from experiments.data.sets import make_builder, one_line
+
+# Fashion-MNIST as Debian's package dataset-fashion-mnist has it: compressed anew, the contents unchanged.
+_SAME_CONTENTS = {  # sha256 of the original archive -> sha256 of what it holds
+    "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84": (
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"  # train-images-idx3-ubyte
+    ),
+    "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845": (
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"  # train-labels-idx1-ubyte
+    ),
+    "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073": (
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"  # t10k-images-idx3-ubyte
+    ),
+    "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5": (
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"  # t10k-labels-idx1-ubyte
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Prepares a data set, once, for reading without TensorFlow.
+
+    Either the whole data set is there in the end or nothing is.
+    """
+
+    name: Annotated[Positional[str], arg(help=f"one of {', '.join(DATASETS)}")]
+    source: Annotated[Path | None, arg(name="from")] = None
+    """folder that holds the original archives; by default they are downloaded"""
+    data_dir: Path | None = None
+    """folder of tensorflow-datasets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets"""
+
+
+def main() -> int:
+    """Runs the program and returns its exit status."""
+    config = tyro.cli(Config)
+    if config.name not in DATASETS:
+        return fail(f"name must be one of {', '.join(DATASETS)}, got {config.name}", BAD_SETTINGS)
+    if config.name == "digits":
+        print("digits come with scikit-learn, ready to be read")
+        return 0
+    try:
+        prepare(config.name, config.source, config.data_dir)
+        return 0
+    except DataError as error:
+        problem, status = str(error), FAILED
+    except KeyboardInterrupt:
+        problem, status = "interrupted", INTERRUPTED
+    # Here the exception is gone and with it the progress bars that it kept, but the cursor is where they left it.
+    print(end="\r", file=sys.stderr)
+    return fail(problem, status)
+
+
+def prepare(name: str, source: Path | None, data_dir: Path | None) -> None:
+    """Makes the data set called `name` in `data_dir`, unless it is there; from the archives in `source`, if given.
+
+    Raises:
+        DataError: an archive is missing or is not the original, a package is missing, or something failed.
+    """
+    builder = make_builder(name, data_dir)
+    if builder.is_prepared():
+        print(f"{name} is already prepared in {builder.data_path}")
+        return
+    if builder.data_path.exists():
+        raise DataError(f"{builder.data_path} is there but holds no whole data set; remove it first")
+    try:
+        archives = {} if source is None else _find_archives(builder, source)
+        _import_tensorflow()
+        with _workspace(Path(builder.data_dir_root) / f"{name}.preparing") as folder:
+            _put_in_place(builder, archives, folder / "downloads")
+            staged = make_builder(name, folder)
+            with contextlib.redirect_stdout(io.StringIO()):  # it would tell that the result is in this folder
+                staged.download_and_prepare(download_dir=folder / "downloads")
+            builder.data_path.parent.mkdir(parents=True, exist_ok=True)
+            staged.data_path.rename(builder.data_path)
+    except DataError:
+        raise
+    except Exception as error:  # tensorflow-datasets lets everything through: of the network, the disk, the archives
+        raise DataError(f"{name} could not be prepared ({one_line(error)})") from error
+    splits = ", ".join(f"{split.num_examples} {key}" for key, split in staged.info.splits.items())
+    print(f"{name} is prepared in {builder.data_path}: {splits}")
+
+
+def _find_archives(builder: Any, source: Path) -> dict[str, Path]:
+    """The data set's archives in `source` by their addresses, all of them there and unchanged.
+
+    Raises:
+        DataError: some are missing, or one is not the original.
+    """
+    registered = builder.url_infos or {builder.URL: None}  # of Tiny ImageNet no checksum is known
+    archives = {url: source / url.rsplit("/", 1)[1] for url in registered}
+    missing = [path.name for path in archives.values() if not path.is_file()]
+    if missing:
+        raise DataError(f"missing in {source}: {', '.join(missing)}")
+    for url, info in registered.items():
+        if info is None:
+            continue
+        with archives[url].open("rb") as archive:
+            checksum = hashlib.file_digest(archive, "sha256").hexdigest()
+        if checksum != info.checksum and not _has_same_contents(archives[url], info.checksum):
+            raise DataError(
+                f"{archives[url]} is damaged or not the original: expected sha256 {info.checksum}, got {checksum}"
+            )
+    return archives
+
+
+def _has_same_contents(archive: Path, original: str) -> bool:
+    try:
+        with gzip.open(archive) as contents:
+            return hashlib.file_digest(contents, "sha256").hexdigest() == _SAME_CONTENTS.get(original)
+    except (OSError, EOFError, zlib.error):  # not a gzip file, or a part of one
+        return False
+
+
+def _put_in_place(builder: Any, archives: dict[str, Path], downloads: Path) -> None:
+    """Links the archives as if tensorflow-datasets had downloaded them."""
+    from etils import epath
+    from tensorflow_datasets.core.download import checksums, resource
+
+    folder = downloads / builder.name
+    folder.mkdir(parents=True)
+    for url, archive in archives.items():
+        registered = (builder.url_infos or {}).get(url)
+        link = folder / resource.get_dl_fname(url, registered and registered.checksum)
+        link.symlink_to(archive.resolve())
+        info = registered or checksums.compute_url_info(archive)
+        resource.write_info_file(url, epath.Path(link), builder.name, archive.name, info)
+
+
+def _import_tensorflow() -> None:
+    """Imports TensorFlow, which generates the files, so that it takes no GPU from others.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it greets at length
+    try:
+        import tensorflow
+    except ImportError as error:
+        raise DataError("preparing needs TensorFlow; install it: pip install -e '.[tfds]'") from error
+    tensorflow.config.set_visible_devices([], "GPU")
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """A new folder for what is half made, removed in the end; so is what a killed run left there.
+
+    Raises:
+        DataError: another process is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError as error:
+            raise DataError(f"another process is at work in {folder}") from error
+        try:
+            shutil.rmtree(folder / "work", ignore_errors=True)
+            yield folder / "work"
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # threads of a failed extraction may still be writing
+
+
+if __name__ == "__main__":
+    sys.exit(main())

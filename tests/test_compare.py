@@ -1,0 +1,293 @@
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+
+from experiments import compare
+from experiments.cells import Cell, Data, Results, run_cells, train_alone, train_together
+from experiments.compare import CompareConfig, choose_rate
+from experiments.comparison import Interval, Runs, Side, Variant, arrange, markdown_table
+from experiments.config import TrainConfig
+from experiments.data import load, with_subset
+from experiments.models import make_layers
+from experiments.models.mlp import MLP
+from experiments.steps import make_steps
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's schedules mix integers and floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def run_main(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    status = compare.main()
+    return status, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--activations", "swsh"], "unknown activation 'swsh'"),
+        (["--variants", "mean+centre"], "unknown extra of a rule 'centre'; expected one of center, unit, diff, learn"),
+        (["--variants", "median"], "unknown rule 'median'"),
+        (["--models", "resnet21"], "unknown model 'resnet21'"),
+        (["--norms", "layer"], "unknown norm 'layer'"),
+        (["--learning-rates", "0"], "learning_rate must be a positive number, got 0"),
+        (["--learning-rates"], "learning_rates must name at least one"),
+        (["--seeds", "0"], "seeds must be at least 1"),
+        (["--validation-images", "0"], "validation_images must be at least 1"),
+        (["--validation-images", "1437"], "cannot take 0 images for training and 1437 for validation out of 1437"),
+        (["--train-images", "32"], "batch_size 64 is larger than the training data, 32 examples"),
+        (["--dataset", "fashion_mnist", "--data-dir", "/nowhere"], "python experiments/prepare_data.py fashion_mnist"),
+        (["--workdir", "/dev/null/here"], "Not a directory"),
+    ],
+)
+def test_bad_settings_end_in_one_line_before_training(arguments, message, monkeypatch, capsys):
+    status, output = run_main(monkeypatch, capsys, *arguments)
+    assert status == 2
+    assert message in output.err
+    assert output.err.startswith("compare.py: ")
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+
+
+@pytest.mark.parametrize("text", ["mean", "exact+center", "harmonic+center+unit+diff+learn", "forward+unit"])
+def test_variants_read_as_they_are_written(text):
+    assert str(Variant.parse(text)) == text
+
+
+def test_every_side_comes_once_and_plain_ones_have_no_variant():
+    config = CompareConfig(
+        activations=("swish", "nswish"), variants=("mean", "exact+unit"), models=("mlp10",), norms=("none", "batch")
+    )
+    sides = [(s.activation, s.norm, s.rule, s.reference) for s in config.sides()]
+    assert sides == [
+        ("swish", "none", "mean", "input"),
+        ("nswish", "none", "mean", "input"),
+        ("nswish", "none", "exact", "unit"),
+        ("swish", "batch", "mean", "input"),
+        ("nswish", "batch", "mean", "input"),
+        ("nswish", "batch", "exact", "unit"),
+    ]
+
+
+def outcome(validation, test=None, diverged=False):
+    record = {"epoch": 1.0, "train_loss": 1.0, "validation_loss": 1.0, "validation_accuracy": validation}
+    return {"curve": [record], "validation_accuracy": validation, "test_accuracy": test, "diverged": diverged}
+
+
+def cell(seed=0, rate=0.1, on_test=True, **settings):
+    return Cell(TrainConfig(learning_rate=rate, seed=seed, validation_images=360, **settings), on_test)
+
+
+def test_learning_rate_is_chosen_by_all_choice_seeds_and_never_by_the_test_split(tmp_path):
+    """With the first seed 0.3 looks best, but it mostly fails; on the test split 0.01 would win."""
+    results = Results(tmp_path / "results.jsonl")
+    config = CompareConfig(learning_rates=(0.01, 0.1, 0.3), choice_seeds=3, seeds=5)
+    validation = {0.01: [0.5, 0.99, 0.99], 0.1: [0.8, 0.8, 0.8], 0.3: [0.9, 0.1, 0.1]}
+    test = {0.01: 1.0, 0.1: 0.0, 0.3: 0.5}
+    for rate, accuracies in validation.items():
+        for seed, accuracy in enumerate(accuracies, start=5):
+            results.add(cell(seed, rate, on_test=False), outcome(accuracy))
+        for seed in range(5):
+            results.add(cell(seed, rate), outcome(accuracies[0], test[rate]))
+    assert choose_rate(cell().config, config, results) == 0.1
+
+
+def test_of_equal_learning_rates_the_smallest_is_chosen(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    config = CompareConfig(learning_rates=(0.3, 0.1, 0.2), choice_seeds=1, seeds=1)
+    for rate in config.learning_rates:
+        results.add(cell(1, rate, on_test=False), outcome(0.5))
+    assert choose_rate(cell().config, config, results) == 0.1
+
+
+def test_results_survive_a_line_cut_short(tmp_path):
+    path = tmp_path / "results.jsonl"
+    results = Results(path)
+    results.add(cell(0), outcome(0.5, 0.6))
+    results.add(cell(1), outcome(0.7, 0.8))
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    results = Results(path)
+    assert results.get(cell(0)) == outcome(0.5, 0.6)
+    assert results.get(cell(1)) is None
+    results.add(cell(1), outcome(0.7, 0.8))
+    assert path.read_text() == whole
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"cell": {}, "outcome": {}}\nnonsense\n')
+    with pytest.raises(ValueError, match=r"results.jsonl, line 2: not a finished cell"):
+        Results(path)
+
+
+def test_where_it_ran_is_no_part_of_a_cell():
+    assert cell(workdir=Path("a"), data_dir=Path("b"), workers=1) == cell()._replace(
+        config=dataclasses.replace(cell().config, workdir=Path("a"), data_dir=Path("b"), workers=1)
+    )
+    assert cell(workdir=Path("a"), data_dir=Path("b"), workers=1).key == cell().key
+    assert cell(momentum=0.8).key != cell().key
+    assert cell(on_test=False).key != cell().key
+
+
+def test_intervals_are_student_s():
+    values = np.array([0.91, 0.93, 0.90, 0.96])
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval()
+    mean, half_width = Interval.of(values)
+    np.testing.assert_allclose((mean - half_width, mean + half_width), expected, rtol=1e-9)
+    assert np.isnan(Interval.of([0.5]).half_width)
+    assert Interval(0.3, 0.2).excludes_zero
+    assert not Interval(-0.1, 0.2).excludes_zero
+    assert not Interval.of([0.5]).excludes_zero
+
+
+def test_differences_are_paired_by_seed():
+    plain, normalized = Runs(), Runs()
+    for seed in (2, 0, 1):
+        plain.verdict[seed] = outcome(0.5, [0.1, 0.5, 0.9][seed])
+    for seed in (0, 1, 2):
+        normalized.verdict[seed] = outcome(0.5, [0.2, 0.61, 0.99][seed])
+    normalized.verdict[7] = outcome(0.5, 0.0)  # without a partner
+    expected = scipy.stats.ttest_rel([0.2, 0.61, 0.99], [0.1, 0.5, 0.9]).confidence_interval()
+    mean, half_width = normalized.against(plain)
+    np.testing.assert_allclose((mean - half_width, mean + half_width), expected, rtol=1e-9)
+
+
+def test_table_has_plain_beside_normalized(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    for seed in range(3):
+        for activation, norm, accuracy in (
+            ("swish", "none", 0.5),
+            ("nswish", "none", 0.7),
+            ("swish", "batch", 0.8),
+            ("relu", "none", 0.1),
+        ):
+            found = outcome(0.5, accuracy + 0.01 * seed, diverged=activation == "relu")
+            results.add(cell(seed, 0.1, activation=activation, norm=norm), found)
+            for rate in (0.01, 0.1, 1.0):
+                choice = cell(seed + 3, rate, on_test=False, activation=activation, norm=norm)
+                results.add(choice, outcome(0.5))
+    ((place, table),) = arrange(results).items()
+    assert (place.dataset, place.model) == ("digits", "resnet20")
+    assert list(table)[:2] == [Side("none", "lecun", None), Side("none", "lecun", Variant.parse("mean+unit"))]
+    assert markdown_table(table).splitlines() == [
+        "| activation | plain | normalized, mean+unit | plain, BatchNorm |",
+        "| --- | --- | --- | --- |",
+        "| relu | 11.0 ± 2.5 at 0.1, 3 diverged |  |  |",
+        "| swish | 51.0 ± 2.5 at 0.1 | 71.0 ± 2.5 (**+20.0 ± 0.0**) at 0.1 | 81.0 ± 2.5 at 0.1 |",
+    ]
+
+
+def small_digits():
+    whole = load("digits")
+    return Data(with_subset(whole, train=256, validation=100), whole)
+
+
+def small_cells(*runs, on_test=True, **settings):
+    config = TrainConfig(epochs=2, batch_size=32, validation_images=100, activation="nswish", norm="none", **settings)
+    return [Cell(dataclasses.replace(config, learning_rate=rate, seed=seed), on_test) for rate, seed in runs]
+
+
+def test_runs_in_one_program_equal_runs_alone():
+    data = small_digits()
+    model = MLP(make_layers("nswish", "none", reference="unit"), classes=10, depth=2, width=16)
+    cells = small_cells((0.01, 0), (0.1, 0), (0.1, 1))
+    alone = make_steps(model, cells[0].config, data.chosen_on)
+    together = make_steps(model, cells[0].config, data.chosen_on, together=True)
+    expected = [train_alone(alone, data, c) for c in cells]
+    found = train_together(together, data, cells)
+    for one, other in zip(expected, found, strict=True):
+        chex.assert_trees_all_close(other["curve"], one["curve"], rtol=1e-3, atol=0.0101)
+        assert abs(other["test_accuracy"] - one["test_accuracy"]) < 0.01
+    assert expected[0]["curve"] != expected[1]["curve"]
+    assert expected[1]["curve"] != expected[2]["curve"]
+
+
+def test_a_diverged_run_counts_as_guessing_and_the_others_go_on():
+    data = small_digits()
+    model = MLP(make_layers("relu", "none"), classes=10, depth=2, width=16)
+    cells = small_cells((1e20, 0), (0.1, 0))
+    together = make_steps(model, cells[0].config, data.chosen_on, together=True)
+    alone = make_steps(model, cells[0].config, data.chosen_on)
+    failed, fine = train_together(together, data, cells)
+    assert failed == {"curve": [], "validation_accuracy": 0.1, "test_accuracy": 0.1, "diverged": True}
+    assert train_alone(alone, data, cells[0]) == failed
+    assert not fine["diverged"]
+    assert fine["test_accuracy"] > 0.3
+
+
+@pytest.mark.slow
+def test_finished_cells_are_not_run_again(tmp_path, monkeypatch, capsys):
+    arguments = [
+        *("--models", "mlp10", "--norms", "none", "--activations", "tanh", "ntanh", "--variants", "mean"),
+        *("--epochs", "2", "--seeds", "2", "--learning-rates", "0.01", "0.1", "--workdir", str(tmp_path)),
+    ]
+    status, first = run_main(monkeypatch, capsys, *arguments)
+    assert status == 0
+    file = tmp_path / "results.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == 2 * (2 + 2 + 2)  # sides; first choice, second choice, verdict
+    status, second = run_main(monkeypatch, capsys, *arguments)
+    assert second.out == first.out
+    assert file.read_text() == "".join(lines)
+
+    file.write_text("".join(lines[:5]))  # as if stopped after five
+    run_main(monkeypatch, capsys, *arguments)
+
+    def without_time(line):
+        record = json.loads(line)
+        del record["outcome"]["seconds"]
+        return json.dumps(record)
+
+    assert file.read_text().startswith("".join(lines[:5]))
+    redone = [without_time(line) for line in file.read_text().splitlines()]
+    assert sorted(redone) == sorted(map(without_time, lines))
+
+    markdown, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    assert "| activation | plain | normalized, mean |" in markdown
+    for picture in re.findall(r"!\[.*\]\((.*)\)", markdown):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert page.count('src="data:image/png;base64,') == 2
+    assert page.count("<img") == 2
+    assert re.search(r"<th>plain</th>.*<td>tanh</td>", page, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_cells_of_a_network_with_convolutions_run_too(tmp_path):
+    config = TrainConfig(epochs=2, model="vgg11_narrow", norm="none", validation_images=360, activation="nelu")
+    results = Results(tmp_path / "results.jsonl")
+    cells = [Cell(dataclasses.replace(config, seed=seed), on_test=True) for seed in range(2)]
+    run_cells(cells, results)
+    for c in cells:
+        found = results.get(c)
+        assert len(found["curve"]) == 2
+        assert 0 <= found["test_accuracy"] <= 1
+    assert results.get(cells[0])["curve"] != results.get(cells[1])["curve"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_finished(tmp_path):
+    program = [sys.executable, str(ROOT / "experiments" / "compare.py"), "--models", "mlp10", "--workdir", tmp_path]
+    run = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first_line = run.stdout.readline()
+    assert "learning rate" in first_line
+    run.send_signal(2)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 130
+    assert err.splitlines()[-1].startswith("compare.py: interrupted; what is finished is in")
+    assert len(list(Results(tmp_path / "results.jsonl"))) > 0

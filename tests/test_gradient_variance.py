@@ -1,0 +1,137 @@
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from anact_jax import ACTIVATIONS, normalization
+from anact_jax.theory import plain
+from experiments import gradient_variance
+from experiments.data import Batch
+from experiments.gradient_variance import TITLES, measure, over_networks, predict
+from experiments.models import make_layers
+from experiments.models.mlp import MLP
+
+
+def network(activation, depth, width, examples, seed=0):
+    """A network with random biases too, and a batch."""
+    rng = np.random.default_rng(seed)
+    images = rng.standard_normal((examples, 4, 4, 3)).astype(np.float32)
+    batch = Batch(images, rng.integers(0, 5, examples).astype(np.int32), np.ones(examples, bool))
+    model = MLP(make_layers(activation, "none", stop_gradient=True), 5, depth, width)
+    variables = jax.jit(functools.partial(model.init, train=True))(jax.random.key(seed), jnp.asarray(images))
+    params = {
+        name: layer | {"bias": 0.3 * rng.standard_normal(layer["bias"].shape).astype(np.float32)}
+        for name, layer in variables["params"].items()
+    }
+    return model, batch, variables | {"params": params}
+
+
+@pytest.mark.parametrize("activation", ["relu", "nswish"])
+def test_measured_equals_every_examples_own_gradient(activation):
+    """By autodiff through all parameters; the gradient of a bias is delta itself."""
+    model, batch, variables = network(activation, depth=3, width=7, examples=6)
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    @jax.jit
+    @jax.jacrev
+    def of_each_example(params):
+        full = variables | {"params": params}
+        logits, _ = model.apply(full, batch.images, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+
+    _, captured = model.apply(
+        variables, batch.images, train=True, mutable=["batch_stats", "intermediates"], capture_intermediates=True
+    )
+    gradients, measured = of_each_example(variables["params"]), measure(model, batch, variables)
+    for index in range(4):
+        name = f"Dense_{index}"
+        (z,) = captured["intermediates"][name]["__call__"]
+        np.testing.assert_allclose(measured.signal[index], np.mean(z**2, 1), rtol=1e-4)
+        np.testing.assert_allclose(measured.gradient[index], np.mean(gradients[name]["bias"] ** 2, 1), rtol=1e-4)
+        of_kernel = np.mean(gradients[name]["kernel"] ** 2, (1, 2))
+        np.testing.assert_allclose(measured.weight_gradient[index], of_kernel, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "ntanh"])
+def test_predicted_for_wide_random_networks(activation):
+    """Depth, widths, biases, factors and the loss at the logits enter as they should."""
+    normalize = plain if activation in ACTIVATIONS else normalization
+    found = []
+    for seed in range(4):
+        model, batch, variables = network(activation, depth=3, width=512, examples=64, seed=seed)
+        measured = jax.jit(functools.partial(measure, model))(batch, variables)
+        input_sq = jnp.mean(batch.images**2, axis=(1, 2, 3))
+        f = ACTIVATIONS[activation.removeprefix("n")]
+        found.append((measured, predict(f, normalize, input_sq, variables["params"], measured.gradient[-1])))
+    measured, predicted = (
+        over_networks(jax.tree.map(lambda *values: jnp.stack(values), *each)) for each in zip(*found, strict=True)
+    )
+    for field in TITLES:
+        assert measured[field].shape == (3,)
+        np.testing.assert_allclose(measured[field], predicted[field], rtol=0.15, err_msg=field)
+
+
+def run_main(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["gradient_variance.py", *map(str, arguments)])
+    return gradient_variance.main(), capsys.readouterr()
+
+
+SMALL = ("--depth", 2, "--width", 8, "--batch-size", 32, "--seeds", 2)
+
+
+def test_program_draws_prints_and_writes_numbers(monkeypatch, capsys, tmp_path):
+    output = tmp_path / "new" / "picture.png"
+    options = ("--activations", "swish", "nrelu", "--steps", 0, 3, "--rule", "exact")
+    status, printed = run_main(monkeypatch, capsys, *SMALL, *options, "--output", output)
+    assert (status, printed.err) == (0, "")
+    assert output.stat().st_size > 0
+    numbers = json.loads(output.with_suffix(".json").read_text())
+    assert (numbers["seeds"], numbers["rule"], numbers["output"]) == (2, "exact", "picture.png")
+    assert list(numbers["variances"]) == ["swish", "nrelu"]
+    for steps in numbers["variances"].values():
+        assert list(steps) == ["0", "3"]
+        for kinds in steps.values():
+            assert all(len(kinds[kind][field]) == 2 for kind in ("measured", "predicted") for field in TITLES)
+        assert steps["0"]["measured"] != steps["3"]["measured"]
+        assert steps["0"]["predicted"] != steps["3"]["predicted"]
+    first = numbers["variances"]["swish"]["3"]["predicted"]["gradient"][0]
+    assert f"{first:.1e}" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--activations", "nope"), "unknown activation 'nope'"),
+        (("--activations", "nrelu", "--rule", "best"), "unknown rule 'best'"),
+        (("--reference", "output"), "unknown reference 'output'"),
+        (("--batch-size", 0), "batch_size must lie between 1 and 1437, got 0"),
+        (("--batch-size", 5000), "batch_size must lie between 1 and 1437, got 5000"),
+        (("--depth", 0), "depth must be a positive number, got 0"),
+        (("--width", -1), "width must be a positive number, got -1"),
+        (("--seeds", 0), "seeds must be a positive number, got 0"),
+        (("--steps", 0, -3), "steps must be at least 0, got -3"),
+        (("--steps",), "steps needs at least one value"),
+        (("--activations",), "activations needs at least one value"),
+        (("--learning-rate", "nan"), "learning_rate must be a positive number, got nan"),
+        (("--output", "/dev/null/picture.png"), "/dev/null"),
+    ],
+)
+def test_bad_settings_end_in_one_line_and_status_2(monkeypatch, capsys, arguments, message):
+    status, printed = run_main(monkeypatch, capsys, *arguments)
+    assert (status, printed.out) == (2, "")
+    assert printed.err.startswith("gradient_variance.py: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_divergence_ends_in_one_line_and_status_1(monkeypatch, capsys, tmp_path):
+    options = ("--activations", "swish", "--steps", 5, "--learning-rate", 1e30, "--output", tmp_path / "picture.png")
+    status, printed = run_main(monkeypatch, capsys, *SMALL, *options)
+    assert status == 1
+    assert printed.err == "gradient_variance.py: swish diverged within 5 steps; lower --learning-rate\n"
+    assert not (tmp_path / "picture.png").exists()
