@@ -20,8 +20,8 @@ from experiments.network import make_network
 from experiments.report import Record
 from experiments.steps import Steps, make_steps, steps_per_epoch
 
-# Measured on two cores: a grid of MLPs trains 3 times as fast in one program, one of CNNs slower than cell by cell,
-# since a convolution with kernels of its own for each run becomes a grouped one.
+# On two cores, 18 runs of mlp10 on the digits train 4.6 times as fast in one program; 6 of cnn12 only 1.3 times, and
+# that program compiles three times as long: a convolution with kernels of its own for each run is a grouped one.
 _TRAINED_TOGETHER = "mlp"
 
 _NO_PART_IN_THE_RESULT = ("workdir", "data_dir", "memory_gib", "workers")

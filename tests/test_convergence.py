@@ -90,9 +90,9 @@ def test_program_reports_and_does_not_run_twice(tmp_path, monkeypatch, capsys):
     status, first = run_main(monkeypatch, capsys, *arguments)
     assert status == 0
     lines = (tmp_path / "results.jsonl").read_text()
-    assert lines.count("\n") == 2 * 2 * 2 * 2
+    assert lines.count("\n") == 2 * 3 * 2
     record = json.loads((tmp_path / "points.json").read_text())
-    assert len(record["points"]) == 8
+    assert len(record["points"]) == 6
     assert f"all: rank correlation {record['correlations']['all']['rank']:.2f}" in first.out
     assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
     assert all(0 < point["loss"] <= np.log(10) + 1e-9 for point in record["points"])

@@ -303,6 +303,24 @@ class Source(list):
         return [self[row] for row in rows]
 
 
+def test_a_part_of_a_stored_data_set_is_not_read_until_it_is_asked_for():
+    class Unread(Source):
+        def __getitems__(self, rows):
+            assert len(rows) < 10
+            return super().__getitems__(rows)
+
+    examples = noise(50)
+    pairs = zip(examples.images, examples.labels, strict=True)
+    source = Source({"image": image, "label": label} for image, label in pairs)
+    whole = made_of(Stored(source, examples.shape), noise(1))
+    in_memory = with_subset(made_of(examples, noise(1)), train=9, validation=10)
+    source.__class__ = Unread
+    part = with_subset(whole, train=9, validation=10)
+    rows = np.array([3, 1])
+    chex.assert_trees_all_equal(part.test.fetch(rows), in_memory.test.fetch(rows))
+    chex.assert_trees_all_equal(part.train.fetch(rows), in_memory.train.fetch(rows))
+
+
 @pytest.mark.slow
 def test_workers_give_the_same_batches_resume_and_end():
     examples = noise(50)

@@ -1,4 +1,4 @@
-"""What the README prints is what runs."""
+"""What the README prints is what runs, and what the results print is what was measured."""
 
 import re
 import subprocess
@@ -7,6 +7,9 @@ from pathlib import Path
 
 import jax
 import pytest
+
+from experiments.cells import Results
+from experiments.comparison import arrange, markdown_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,3 +35,12 @@ def test_thirty_layers_learn_only_when_normalized(word, low, high):
     run = subprocess.run([sys.executable, str(SCRIPT), word], capture_output=True, text=True, check=True)
     accuracy = float(re.search(rf"{word}: test accuracy ([0-9.]+)", run.stdout)[1])
     assert low <= accuracy <= high
+
+
+@pytest.mark.parametrize("study", ["digits", "fashion_mnist"])
+def test_tables_of_results_are_those_of_the_finished_cells(study):
+    text = (ROOT / "docs" / "results.md").read_text()
+    tables = arrange(Results(ROOT / "docs" / "results" / study / "results.jsonl"))
+    assert tables
+    for place, table in tables.items():
+        assert markdown_table(table) in text, place
