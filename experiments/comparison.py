@@ -194,15 +194,20 @@ def _cell(table: Table, side: Side, activation: str) -> str:
 
 
 def draw_curves(table: Table, path: Path) -> None:
-    """Validation accuracy over epochs at the chosen learning rate: mean over seeds, band from worst to best."""
+    """Validation accuracy over epochs at the chosen learning rate: mean over seeds, band from worst to best.
+
+    From where a run has diverged on, it is drawn as guessing.
+    """
 
     def draw(panel: Axes, runs: Runs, **style: Any) -> None:
-        curves = [outcome["curve"] for outcome in runs.verdict.values() if outcome["curve"]]
-        epochs = min(map(len, curves), default=0)
-        values = np.array([[record["validation_accuracy"] for record in curve[:epochs]] for curve in curves])
-        if epochs:
-            panel.plot(range(1, epochs + 1), values.mean(0), marker=".", **style)
-            panel.fill_between(range(1, epochs + 1), values.min(0), values.max(0), color=style["color"], alpha=0.15)
+        curves = [
+            ([record["validation_accuracy"] for record in outcome["curve"]], outcome["validation_accuracy"])
+            for outcome in runs.verdict.values()
+        ]
+        epochs = max(len(curve) for curve, _ in curves)
+        values = np.array([curve + [final] * (epochs - len(curve)) for curve, final in curves])
+        panel.plot(range(1, epochs + 1), values.mean(0), marker=".", **style)
+        panel.fill_between(range(1, epochs + 1), values.min(0), values.max(0), color=style["color"], alpha=0.15)
         panel.set(xlabel="epoch", ylabel="validation accuracy")
 
     _draw_panels(table, path, draw)
