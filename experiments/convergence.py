@@ -34,7 +34,7 @@ from experiments.network import check_devices, make_network
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-_RESAMPLES = 10_000
+_RESAMPLES = 2_000
 
 
 @dataclasses.dataclass(frozen=True)

@@ -203,6 +203,7 @@ def small_cells(*runs, on_test=True, **settings):
     return [Cell(dataclasses.replace(config, learning_rate=rate, seed=seed), on_test) for rate, seed in runs]
 
 
+@pytest.mark.slow
 def test_runs_in_one_program_equal_runs_alone():
     data = small_digits()
     model = MLP(make_layers("nswish", "none", reference="unit"), classes=10, depth=2, width=16)
@@ -218,6 +219,7 @@ def test_runs_in_one_program_equal_runs_alone():
     assert expected[1]["curve"] != expected[2]["curve"]
 
 
+@pytest.mark.slow
 def test_a_diverged_run_counts_as_guessing_and_the_others_go_on():
     data = small_digits()
     model = MLP(make_layers("relu", "none"), classes=10, depth=2, width=16)

@@ -83,6 +83,7 @@ def run_main(monkeypatch, capsys, *arguments):
 SMALL = ("--depth", 2, "--width", 8, "--batch-size", 32, "--seeds", 2)
 
 
+@pytest.mark.slow
 def test_program_draws_prints_and_writes_numbers(monkeypatch, capsys, tmp_path):
     output = tmp_path / "new" / "picture.png"
     options = ("--activations", "nrelu", "--steps", 0, 3, "--rule", "exact")
