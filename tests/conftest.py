@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, strict promotion, and run-time checks of every annotated shape and type."""
 
 import os
+import sys
 
 import jax
 import matplotlib
@@ -27,3 +28,22 @@ def unchecked_types():
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def standard_promotion():
+    """Lets integers and floats mix, as optax's schedules do."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Runs a program's `main` with arguments; returns its exit status and what it printed."""
+
+    def run(program, *arguments):
+        name = program.__name__.rpartition(".")[2]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        return program.main(), capsys.readouterr()
+
+    return run

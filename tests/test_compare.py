@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import chex
-import jax
 import numpy as np
 import pytest
 import scipy.stats
@@ -21,20 +20,9 @@ from experiments.models import make_layers
 from experiments.models.mlp import MLP
 from experiments.steps import make_steps
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's schedules mix integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-def run_main(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
-    status = compare.main()
-    return status, capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -55,8 +43,8 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--workdir", "/dev/null/here"], "Not a directory"),
     ],
 )
-def test_bad_settings_end_in_one_line_before_training(arguments, message, monkeypatch, capsys):
-    status, output = run_main(monkeypatch, capsys, *arguments)
+def test_bad_settings_end_in_one_line_before_training(arguments, message, run_main):
+    status, output = run_main(compare, *arguments)
     assert status == 2
     assert message in output.err
     assert output.err.startswith("compare.py: ")
@@ -234,22 +222,22 @@ def test_a_diverged_run_counts_as_guessing_and_the_others_go_on():
 
 
 @pytest.mark.slow
-def test_finished_cells_are_not_run_again(tmp_path, monkeypatch, capsys):
+def test_finished_cells_are_not_run_again(tmp_path, run_main):
     arguments = [
         *("--models", "mlp10", "--norms", "none", "--activations", "tanh", "ntanh", "--variants", "mean"),
         *("--epochs", "2", "--seeds", "2", "--learning-rates", "0.01", "0.1", "--workdir", str(tmp_path)),
     ]
-    status, first = run_main(monkeypatch, capsys, *arguments)
+    status, first = run_main(compare, *arguments)
     assert status == 0
     file = tmp_path / "results.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     assert len(lines) == 2 * (2 + 2 + 2)  # sides; first choice, second choice, verdict
-    status, second = run_main(monkeypatch, capsys, *arguments)
+    status, second = run_main(compare, *arguments)
     assert second.out == first.out
     assert file.read_text() == "".join(lines)
 
     file.write_text("".join(lines[:5]))  # as if stopped after five
-    run_main(monkeypatch, capsys, *arguments)
+    run_main(compare, *arguments)
 
     def without_time(line):
         record = json.loads(line)

@@ -1,8 +1,6 @@
 import dataclasses
 import json
-import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,18 +9,7 @@ from experiments.config import TrainConfig
 from experiments.convergence import Point, distance_from_one, rank_correlation
 from experiments.data import load
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's schedules mix integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-def run_main(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["convergence.py", *arguments])
-    status = convergence.main()
-    return status, capsys.readouterr()
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.mark.parametrize(
@@ -36,8 +23,8 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--seeds", "0"], "seeds must be at least 1"),
     ],
 )
-def test_bad_settings_end_in_one_line(arguments, message, monkeypatch, capsys):
-    status, output = run_main(monkeypatch, capsys, *arguments)
+def test_bad_settings_end_in_one_line(arguments, message, run_main):
+    status, output = run_main(convergence, *arguments)
     assert status == 2
     assert message in output.err
     assert output.err.count("\n") == 1
@@ -82,12 +69,12 @@ def test_interval_resamples_whole_activations():
 
 
 @pytest.mark.slow
-def test_program_reports_and_does_not_run_twice(tmp_path, monkeypatch, capsys):
+def test_program_reports_and_does_not_run_twice(tmp_path, run_main):
     arguments = [
         *("--activations", "tanh", "relu", "--scales", "1", "2", "--learning-rates", "0.01", "0.1"),
         *("--seeds", "1", "--epochs", "2", "--workdir", str(tmp_path)),
     ]
-    status, first = run_main(monkeypatch, capsys, *arguments)
+    status, first = run_main(convergence, *arguments)
     assert status == 0
     lines = (tmp_path / "results.jsonl").read_text()
     assert lines.count("\n") == 2 * 3 * 2
@@ -96,6 +83,6 @@ def test_program_reports_and_does_not_run_twice(tmp_path, monkeypatch, capsys):
     assert f"all: rank correlation {record['correlations']['all']['rank']:.2f}" in first.out
     assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
     assert all(0 < point["loss"] <= np.log(10) + 1e-9 for point in record["points"])
-    status, second = run_main(monkeypatch, capsys, *arguments)
+    status, second = run_main(convergence, *arguments)
     assert second.out == first.out
     assert (tmp_path / "results.jsonl").read_text() == lines

@@ -1,6 +1,5 @@
 import functools
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -75,19 +74,14 @@ def test_geometric_mean_over_networks_of_the_hidden_layers():
     assert over_networks(Variances(values, values, 0.0 * values))["weight_gradient"] == [0.0]
 
 
-def run_main(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["gradient_variance.py", *map(str, arguments)])
-    return gradient_variance.main(), capsys.readouterr()
-
-
 SMALL = ("--depth", 2, "--width", 8, "--batch-size", 32, "--seeds", 2)
 
 
 @pytest.mark.slow
-def test_program_draws_prints_and_writes_numbers(monkeypatch, capsys, tmp_path):
+def test_program_draws_prints_and_writes_numbers(tmp_path, run_main):
     output = tmp_path / "new" / "picture.png"
     options = ("--activations", "nrelu", "--steps", 0, 3, "--rule", "exact")
-    status, printed = run_main(monkeypatch, capsys, *SMALL, *options, "--output", output)
+    status, printed = run_main(gradient_variance, *SMALL, *options, "--output", output)
     assert (status, printed.err) == (0, "")
     assert output.stat().st_size > 0
     numbers = json.loads(output.with_suffix(".json").read_text())
@@ -120,17 +114,17 @@ def test_program_draws_prints_and_writes_numbers(monkeypatch, capsys, tmp_path):
         (("--output", "/dev/null/picture.png"), "/dev/null"),
     ],
 )
-def test_bad_settings_end_in_one_line_and_status_2(monkeypatch, capsys, arguments, message):
-    status, printed = run_main(monkeypatch, capsys, *arguments)
+def test_bad_settings_end_in_one_line_and_status_2(arguments, message, run_main):
+    status, printed = run_main(gradient_variance, *arguments)
     assert (status, printed.out) == (2, "")
     assert printed.err.startswith("gradient_variance.py: ")
     assert message in printed.err
     assert printed.err.count("\n") == 1
 
 
-def test_divergence_ends_in_one_line_and_status_1(monkeypatch, capsys, tmp_path):
+def test_divergence_ends_in_one_line_and_status_1(tmp_path, run_main):
     options = ("--activations", "swish", "--steps", 5, "--learning-rate", 1e30, "--output", tmp_path / "picture.png")
-    status, printed = run_main(monkeypatch, capsys, *SMALL, *options)
+    status, printed = run_main(gradient_variance, *SMALL, *options)
     assert status == 1
     assert printed.err == "gradient_variance.py: swish diverged within 5 steps; lower --learning-rate\n"
     assert not (tmp_path / "picture.png").exists()

@@ -25,6 +25,8 @@ from experiments.presets import PRESETS
 from experiments.report import MetricsLog, draw_learning_curves, read_metrics
 from experiments.steps import create_state, make_eval_step, make_optimizer, make_steps, make_train_step
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, str(ROOT / "experiments" / "train_resnet.py")]
 
@@ -39,13 +41,6 @@ def two_classes(n, seed=0):
     return Arrays(images, (images.mean((1, 2, 3)) > 127.5).astype(np.int32))
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's schedules mix integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 DATASET = Dataset(
     two_classes(1024), two_classes(100, seed=1), 2, np.array([127.5]), np.array([74.0]), pad=0, flip=False
 )
@@ -53,12 +48,6 @@ DATASET = Dataset(
 
 def run(model, config, log):
     return train(make_steps(model, config, DATASET), DATASET, config, log)
-
-
-def run_main(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["train_resnet.py", *arguments])
-    status = train_resnet.main()
-    return status, capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -88,25 +77,25 @@ def run_main(monkeypatch, capsys, *arguments):
         (["--workdir", "/dev/null/here"], "Not a directory"),
     ],
 )
-def test_bad_settings_end_in_one_line_before_training(arguments, message, monkeypatch, capsys):
-    status, output = run_main(monkeypatch, capsys, *arguments)
+def test_bad_settings_end_in_one_line_before_training(arguments, message, run_main):
+    status, output = run_main(train_resnet, *arguments)
     assert status == 2
     assert message in output.err
     assert output.err.count("\n") == 1
     assert output.out == ""
 
 
-def test_a_finished_run_is_not_overwritten(tmp_path, monkeypatch, capsys):
+def test_a_finished_run_is_not_overwritten(tmp_path, run_main):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    status, output = run_main(monkeypatch, capsys, "--workdir", str(tmp_path))
+    status, output = run_main(train_resnet, "--workdir", str(tmp_path))
     assert status == 2
     assert "holds a run already; give another --workdir" in output.err
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
-def test_help_explains_every_setting(monkeypatch, capsys):
+def test_help_explains_every_setting(capsys, run_main):
     with pytest.raises(SystemExit) as end:
-        run_main(monkeypatch, capsys, "--help")
+        run_main(train_resnet, "--help")
     assert end.value.code == 0
     text = capsys.readouterr().out
     for field in TrainConfig.__dataclass_fields__:
