@@ -246,9 +246,8 @@ def test_every_preset_says_what_to_expect(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_takes_two_steps_at_full_shape(name):
     config = PRESETS[name].config
-    shape, classes = {"digits": ((8, 8, 1), 10), "cifar100": ((32, 32, 3), 100), "tiny_imagenet": ((64, 64, 3), 200)}[
-        config.dataset
-    ]
+    shapes = {"digits": (8, 8, 1), "fashion_mnist": (14, 14, 1), "cifar100": (32, 32, 3), "tiny_imagenet": (64, 64, 3)}
+    shape, classes = shapes[config.dataset], {"cifar100": 100, "tiny_imagenet": 200}.get(config.dataset, 10)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2 * config.batch_size, *shape), np.uint8)
     examples = Arrays(images, rng.integers(0, classes, len(images), np.int32))
