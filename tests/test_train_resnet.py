@@ -55,7 +55,7 @@ def run(model, config, log):
     [
         (["--activation", "swsh"], "unknown activation 'swsh'; expected one of elu, gelu"),
         (["--activation", "nnswish"], "unknown activation 'nnswish'"),
-        (["--preset", "resnet"], "unknown preset 'resnet'; expected one of digits, resnet18_cifar100"),
+        (["--preset", "resnet"], "unknown preset 'resnet'; expected one of digits, fashion_mnist, resnet18_cifar100"),
         (["--rule", "median"], "unknown rule 'median'; expected one of mean, forward"),
         (["--reference", "output"], "unknown reference 'output'"),
         (["--model", "resnet21"], "unknown model 'resnet21'; expected one of resnet20"),
@@ -125,10 +125,9 @@ def test_training_learns_and_records_what_it_measures(activation, tmp_path):
 def test_test_accuracy_counts_every_example_once(tmp_path):
     with MetricsLog(tmp_path) as log:
         state, accuracy = run(small_model(), config(), log)
-    logits = small_model().apply(
-        jax.device_get(state.variables), standardize(DATASET.test.images, DATASET), train=False
-    )
-    assert accuracy == np.mean(np.argmax(logits, -1) == DATASET.test.labels)
+    images = jnp.asarray(standardize(DATASET.test.images, DATASET))
+    logits = small_model().apply(jax.device_get(state.variables), images, train=False)
+    assert accuracy == np.mean(np.asarray(logits).argmax(-1) == DATASET.test.labels)
 
 
 def test_same_seed_gives_the_same_numbers(tmp_path):
