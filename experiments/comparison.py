@@ -155,8 +155,9 @@ def arrange(results: Results) -> dict[Place, Table]:
         activation = name if variant is None else name.removeprefix("n")
         runs = tables[place][Side(settings["norm"], settings["init"], variant)][activation]
         if settings["on_test"]:
+            if runs.rate != settings["learning_rate"]:  # chosen anew, from more learning rates
+                runs.rate, runs.verdict = settings["learning_rate"], {}
             runs.verdict[settings["seed"]] = outcome
-            runs.rate = settings["learning_rate"]
         else:
             runs.by_rate[settings["learning_rate"]].append(outcome["validation_accuracy"])
     return {place: _finished(table) for place, table in tables.items()}

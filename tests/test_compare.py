@@ -181,6 +181,18 @@ def test_table_has_plain_beside_normalized(tmp_path):
     ]
 
 
+def test_a_learning_rate_chosen_anew_replaces_the_runs_at_the_old_one(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    for seed, rate, accuracy in ((0, 0.1, 0.5), (1, 0.1, 0.5), (0, 0.01, 0.9)):
+        results.add(cell(seed, rate), outcome(0.5, accuracy))
+        results.add(cell(seed + 3, rate, on_test=False), outcome(0.5))
+    (table,) = arrange(results).values()
+    (column,) = table.values()
+    runs = column["swish"]
+    assert runs.rate == 0.01
+    assert {seed: run["test_accuracy"] for seed, run in runs.verdict.items()} == {0: 0.9}
+
+
 def small_digits():
     whole = load("digits")
     return Data(with_subset(whole, train=256, validation=100), whole)
