@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, strict promotion, and run-time checks of every annotated shape and type."""
 
 import os
+import signal
 import sys
 
 import jax
@@ -35,6 +36,14 @@ def standard_promotion():
     """Lets integers and floats mix, as optax's schedules do."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def heed_ctrl_c():
+    """Programs that the test starts heed SIGINT, even where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -283,12 +284,13 @@ def test_cells_of_a_network_with_convolutions_run_too(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("heed_ctrl_c")
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
     program = [sys.executable, str(ROOT / "experiments" / "compare.py"), "--models", "mlp10", "--workdir", tmp_path]
     run = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first_line = run.stdout.readline()
     assert "learning rate" in first_line
-    run.send_signal(2)
+    run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=120)
     assert run.returncode == 130
     assert err.splitlines()[-1].startswith("compare.py: interrupted; what is finished is in")

@@ -193,6 +193,7 @@ def test_padding_does_not_count_in_evaluation():
     assert int(part["count"]) == 5
 
 
+@pytest.mark.usefixtures("heed_ctrl_c")
 def test_ctrl_c_leaves_readable_results(tmp_path):
     run = subprocess.Popen([*PROGRAM, "--workdir", tmp_path], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
