@@ -9,6 +9,7 @@ from anact_jax.gaussian import gaussian_stats
 from anact_jax.normalize import anact, normalize
 from anact_jax.running import informative, update_stats
 from anact_jax.statistics import Stats, activation_stats
+from anact_jax.tempering import nonlinearity, tempered
 
 __all__ = [
     "ACTIVATIONS",
@@ -24,7 +25,9 @@ __all__ = [
     "gains",
     "gaussian_stats",
     "informative",
+    "nonlinearity",
     "normalization",
     "normalize",
+    "tempered",
     "update_stats",
 ]

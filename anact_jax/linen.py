@@ -16,6 +16,7 @@ from anact_jax.gaussian import gaussian_stats
 from anact_jax.normalize import anact
 from anact_jax.running import check_momentum
 from anact_jax.statistics import Stats, canonical_axes
+from anact_jax.tempering import check_nonlinearity, tempered
 
 
 class ANAct(nn.Module):
@@ -33,6 +34,8 @@ class ANAct(nn.Module):
         fn: any elementwise JAX function. Pass a named function, not a fresh lambda at each call,
             so that equal modules compile once.
         rule, center, reference: see `anact_jax.normalization`.
+        nonlinearity: normalize `anact_jax.tempered(fn, nonlinearity)`, fn with as much of the identity added as
+            keeps near examples together in deep networks; None leaves fn as it is.
         momentum: `new = momentum * old + (1 - momentum) * batch`; see `anact_jax.update_stats`.
         feature_axes: axes that keep statistics of their own: `()` one set for the layer, `-1` one a
             channel.
@@ -69,6 +72,7 @@ class ANAct(nn.Module):
     rule: Rule = "mean"
     center: bool = False
     reference: Reference = "input"
+    nonlinearity: float | None = None
     momentum: float = 0.9
     feature_axes: int | Sequence[int] = ()
     use_running_average: bool | None = None
@@ -83,6 +87,8 @@ class ANAct(nn.Module):
             raise TypeError(f"fn must be an elementwise function such as jax.nn.swish, got {self.fn!r}")
         check_options(self.rule, self.reference)
         check_momentum(self.momentum)
+        if self.nonlinearity is not None:
+            check_nonlinearity(self.nonlinearity)
         super().__post_init__()
 
     @nn.compact
@@ -108,11 +114,12 @@ class ANAct(nn.Module):
         features = tuple(x.shape[axis] for axis in canonical_axes(self.feature_axes, x.ndim))
         if not self.is_initializing():
             self._check_state(update)
-        state = self._variables(features)
+        fn = self.fn if self.nonlinearity is None else tempered(self.fn, self.nonlinearity)
+        state = self._variables(fn, features)
         alpha = self.param("alpha", nn.initializers.zeros, features) if self.learnable else None
 
         y, new = anact(
-            self.fn,
+            fn,
             x,
             Stats(*(variable.value for variable in state)),
             rule=self.rule,
@@ -133,8 +140,8 @@ class ANAct(nn.Module):
                 variable.value = value
         return y
 
-    def _variables(self, features: tuple[int, ...]) -> list[nn.Variable[Any]]:
-        prior = functools.cache(lambda: gaussian_stats(self.fn))
+    def _variables(self, fn: Activation, features: tuple[int, ...]) -> list[nn.Variable[Any]]:
+        prior = functools.cache(lambda: gaussian_stats(fn))
 
         def initial(field: str) -> Array:
             return jnp.broadcast_to(getattr(prior(), field), features)

@@ -62,7 +62,9 @@ class Results:
     Cells finished before a setting was added to `TrainConfig` had its default.
     """
 
-    _before_added: Mapping[str, Any] = MappingProxyType({"activation_scale": 1.0})
+    _before_added: Mapping[str, Any] = MappingProxyType(
+        {"activation_scale": 1.0, "nonlinearity": None, "per_feature": False}
+    )
 
     def __init__(self, path: Path) -> None:
         self._path = path

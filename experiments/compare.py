@@ -25,7 +25,10 @@ from experiments.models import MODELS, NORMS, check_activation, check_name
 from experiments.network import check_devices, make_network
 
 FINALISTS = 2  # learning rates that are tried with all seeds of the choice
-_VARIANT = f"a rule ({', '.join(RULES)}), with +center, +unit, +diff or +learn as wanted"
+_VARIANT = (
+    f"a rule ({', '.join(RULES)}), with +center, +unit, +diff, +learn, +feature or +nu0.1 (limit of the nonlinearity) "
+    "as wanted"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 
 from anact_jax import ACTIVATIONS, RULES
+from anact_jax.tempering import check_nonlinearity
 from experiments.cells import Outcome, Results
 from experiments.models import check_name
 
@@ -31,23 +32,40 @@ _HOW_TO_READ = (
 
 
 class Variant(NamedTuple):
-    """Options of a normalized activation, written as a rule and what is added to it: `"mean+center+unit"`."""
+    """Options of a normalized activation, written as a rule and what is added to it.
+
+    `"mean+center+unit+feature+nu0.1"` is `rule="mean", center=True, reference="unit", feature_axes=-1,
+    nonlinearity=0.1`; `+diff` is `stop_gradient=False`, `+learn` is `learnable=True`.
+    """
 
     rule: str
     center: bool
     reference: str
     stop_gradient: bool
     learnable: bool
+    per_feature: bool
+    nonlinearity: float | None
 
     @classmethod
     def parse(cls, text: str) -> "Variant":
         """Raises ValueError where a part is unknown."""
         rule, *extras = text.split("+")
         check_name("rule", rule, RULES)
+        limits = [extra for extra in extras if extra.startswith("nu")]
         for extra in extras:
-            check_name("extra of a rule", extra, ("center", "unit", "diff", "learn"))
+            if extra not in limits[:1]:
+                check_name(
+                    "extra of a rule", extra, ("center", "unit", "diff", "learn", "feature", "nu and one number")
+                )
+        try:
+            nonlinearity = float(limits[0].removeprefix("nu")) if limits else None
+        except ValueError:
+            raise ValueError(f"expected a number after nu, such as nu0.1, got {limits[0]!r}") from None
+        if nonlinearity is not None:
+            check_nonlinearity(nonlinearity)
         reference = "unit" if "unit" in extras else "input"
-        return cls(rule, "center" in extras, reference, "diff" not in extras, "learn" in extras)
+        constant, learned = "diff" not in extras, "learn" in extras
+        return cls(rule, "center" in extras, reference, constant, learned, "feature" in extras, nonlinearity)
 
     def __str__(self) -> str:
         extras = {
@@ -55,6 +73,8 @@ class Variant(NamedTuple):
             "unit": self.reference == "unit",
             "diff": not self.stop_gradient,
             "learn": self.learnable,
+            "feature": self.per_feature,
+            f"nu{self.nonlinearity:g}" if self.nonlinearity else "": self.nonlinearity is not None,
         }
         return "+".join([self.rule, *(name for name, present in extras.items() if present)])
 

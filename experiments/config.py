@@ -111,6 +111,10 @@ class TrainConfig(Recipe):
     reference: Annotated[
         str, arg(help=f"output variance is kept relative to that of the input, or to 1: {_one_of(*REFERENCES)}")
     ] = "unit"  # with "input", the published reference, every residual block may raise the level: it diverges at 0.1
+    nonlinearity: float | None = ANAct.nonlinearity
+    """add as much of the identity to the activation as limits how far it bends, by default none"""
+    per_feature: bool = False
+    """statistics of their own for each channel, instead of one set for the layer"""
     stop_gradient: bool = ANAct.stop_gradient
     """treat factor and shift as constants under differentiation"""
     learnable: bool = ANAct.learnable
@@ -134,6 +138,8 @@ class TrainConfig(Recipe):
         check_name("reference", self.reference, REFERENCES)
         check_positive("learning_rate", self.learning_rate)
         check_positive("activation_scale", self.activation_scale)
+        if self.nonlinearity is not None:
+            check_positive("nonlinearity", self.nonlinearity)
         check_not_negative("seed", self.seed)
         check_fraction("activation_momentum", self.activation_momentum)
 

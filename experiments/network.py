@@ -26,6 +26,8 @@ def make_network(config: TrainConfig, dataset: Dataset) -> nn.Module:
         rule=config.rule,
         center=config.center,
         reference=config.reference,
+        nonlinearity=config.nonlinearity,
+        feature_axes=-1 if config.per_feature else (),
         stop_gradient=config.stop_gradient,
         learnable=config.learnable,
         momentum=config.activation_momentum,

@@ -1,0 +1,75 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anact_jax import ACTIVATIONS, activation_stats, gaussian_stats, nonlinearity, tempered
+from anact_jax.linen import ANAct, NSwish
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("limit", [0.01, 0.1])
+def test_tempered_is_within_the_limit(name, limit):
+    f = ACTIVATIONS[name]
+    np.testing.assert_allclose(nonlinearity(tempered(f, limit)), min(limit, nonlinearity(f)), rtol=1e-3, atol=2e-5)
+
+
+def test_nonlinearity_is_measured_on_normal_numbers():
+    f = tempered(jax.nn.relu, 0.1)
+    quantiles = jax.scipy.stats.norm.ppf((jnp.arange(100_000, dtype=jnp.float32) + 0.5) / 100_000)
+    stats = activation_stats(f, quantiles)
+    np.testing.assert_allclose(stats.slope_sq / stats.var_out - 1, 0.1, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["relu", "swish", "tanh"])
+def test_nonlinearity_is_the_slope_at_1_of_the_correlation_map(name):
+    f, c = ACTIVATIONS[name], 0.999
+    x, other = jax.random.normal(jax.random.key(0), (2, 1_000_000))
+    correlation = jnp.corrcoef(f(x), f(c * x + jnp.sqrt(1 - c**2) * other))[0, 1]
+    # ReLU's map has an infinite second derivative at 1, so that its slope is approached like a root.
+    slope = (1 - correlation) / (1 - c)
+    np.testing.assert_allclose(slope - 1, nonlinearity(f), atol=0.04 if name == "relu" else 0.01)
+
+
+def test_linear_and_constant_functions_stay_as_they_are():
+    x = jnp.array([-1.0, 2.0])
+    for f, expected in ((lambda x: 3 * x, 0.0), (jnp.ones_like, np.inf)):
+        np.testing.assert_allclose(nonlinearity(f), expected, atol=1e-5)
+        np.testing.assert_allclose(tempered(f, 0.1)(x), f(x))
+
+
+def test_a_falling_activation_is_made_to_fall_more():
+    x = jnp.array([-1.0, 2.0])
+    np.testing.assert_allclose(tempered(lambda x: jax.nn.relu(-x), 0.1)(-x), tempered(jax.nn.relu, 0.1)(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("inf"), float("nan")])
+def test_limits_that_cannot_be_are_refused(limit):
+    with pytest.raises(ValueError, match="positive number, or None"):
+        tempered(jax.nn.relu, limit)
+    with pytest.raises(ValueError, match="positive number, or None"):
+        ANAct(jax.nn.relu, nonlinearity=limit)
+
+
+def test_traced_parameters_of_f_are_fine():
+    def output(beta):
+        return tempered(lambda x: x * jax.nn.sigmoid(beta * x), 0.1)(jnp.float32(1.0))
+
+    np.testing.assert_allclose(jax.jit(output)(1.0), tempered(jax.nn.swish, 0.1)(jnp.float32(1.0)), rtol=1e-6)
+    assert jnp.isfinite(jax.jit(jax.grad(output))(1.0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_module_normalizes_the_tempered_activation(dtype):
+    x = jax.random.normal(jax.random.key(0), (256, 8), dtype)
+    act = NSwish(nonlinearity=0.1, rule="forward", center=True, use_running_average=False)
+    variables = act.init(jax.random.key(1), x)
+    prior = gaussian_stats(tempered(jax.nn.swish, 0.1))
+    np.testing.assert_allclose(variables["batch_stats"]["slope_sq"], prior.slope_sq, rtol=1e-6)
+    y, _ = act.apply(variables, x, mutable=["batch_stats"])
+    z = jax.nn.swish(x.astype(jnp.float32))
+    kappa = tempered(jax.nn.swish, 0.1)(jnp.float32(1.0)) - jax.nn.swish(1.0)
+    z = z + kappa * x.astype(jnp.float32)
+    expected = (z - z.mean()) / z.std() * x.astype(jnp.float32).std()
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.03 if dtype == jnp.bfloat16 else 1e-4)
