@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from anact_jax.activations import Activation
-from anact_jax.factors import Reference, Rule, check_options, correction
+from anact_jax.factors import Reference, Rule, correction
 from anact_jax.gaussian import gaussian_stats
-from anact_jax.normalize import anact
-from anact_jax.running import check_momentum
+from anact_jax.normalize import anact, check_layer
 from anact_jax.statistics import Stats, canonical_axes
-from anact_jax.tempering import check_nonlinearity, tempered
+from anact_jax.tempering import tempered
 
 
 class ANAct(nn.Module):
@@ -83,12 +82,7 @@ class ANAct(nn.Module):
     collection: str = "batch_stats"
 
     def __post_init__(self) -> None:
-        if not callable(self.fn):
-            raise TypeError(f"fn must be an elementwise function such as jax.nn.swish, got {self.fn!r}")
-        check_options(self.rule, self.reference)
-        check_momentum(self.momentum)
-        if self.nonlinearity is not None:
-            check_nonlinearity(self.nonlinearity)
+        check_layer(self.fn, self.rule, self.reference, self.momentum, self.nonlinearity)
         super().__post_init__()
 
     @nn.compact

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from anact_jax.activations import Activation
-from anact_jax.factors import Reference, Rule, normalization
-from anact_jax.running import informative, update_stats
+from anact_jax.factors import Reference, Rule, check_options, normalization
+from anact_jax.running import check_momentum, informative, update_stats
 from anact_jax.statistics import Stats, activation_stats, canonical_axes, wide_dtype
+from anact_jax.tempering import check_nonlinearity
 
 
 def normalize(
@@ -49,6 +50,16 @@ def normalize(
 
     y: Array = jax.checkpoint(scaled, prevent_cse=False)(x, jnp.asarray(factor, wide), jnp.asarray(shift, wide))
     return y
+
+
+def check_layer(fn: Activation, rule: str, reference: str, momentum: float, nonlinearity: float | None) -> None:
+    """Raises TypeError unless fn can be called, ValueError at an option that cannot be: before any batch."""
+    if not callable(fn):
+        raise TypeError(f"fn must be an elementwise function such as jax.nn.swish, got {fn!r}")
+    check_options(rule, reference)
+    check_momentum(momentum)
+    if nonlinearity is not None:
+        check_nonlinearity(nonlinearity)
 
 
 def anact(

@@ -21,13 +21,13 @@ from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
 from experiments.comparison import Variant, write_reports
 from experiments.config import Recipe, TrainConfig, check_positive
 from experiments.data import DataError
-from experiments.models import MODELS, NORMS, check_activation, check_name
+from experiments.models import MODELS, NORMS, ActivationName, check_name
 from experiments.network import check_devices, make_network
 
 FINALISTS = 2  # learning rates that are tried with all seeds of the choice
 _VARIANT = (
-    f"a rule ({', '.join(RULES)}), with +center, +unit, +diff, +learn, +feature or +nu0.1 (limit of the nonlinearity) "
-    "as wanted"
+    f"a rule ({', '.join(RULES)}), with +center, +unit, +diff, +learn, +feature, +lag, +fixed or +nu0.1 (limit of "
+    "the nonlinearity) as wanted"
 )
 
 
@@ -40,7 +40,9 @@ class CompareConfig(Recipe):
     on the same workdir to add to the report.
     """
 
-    activations: Annotated[tuple[str, ...], arg(help=f"of {', '.join(ACTIVATIONS)}; with n before it, normalized")] = (
+    activations: Annotated[
+        tuple[str, ...], arg(help=f"of {', '.join(ACTIVATIONS)}; with n before it, normalized; with d, shaped")
+    ] = (
         "swish",
         "nswish",
     )
@@ -62,7 +64,7 @@ class CompareConfig(Recipe):
         """Raises ValueError, in one line, at the first setting that cannot be."""
         super().check()
         for name in self.activations:
-            check_activation(name)
+            ActivationName.parse(name)
         for variant in self.variants:
             Variant.parse(variant)
         for name in self.models:
@@ -82,7 +84,8 @@ class CompareConfig(Recipe):
         """Every network with every activation, each plain one once, at no particular learning rate."""
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
         for model, norm, activation in itertools.product(self.models, self.norms, self.activations):
-            variants = ("mean",) if activation in ACTIVATIONS else self.variants  # a plain one has no rule
+            normalized = ActivationName.parse(activation).form == "n"
+            variants = self.variants if normalized else ("mean",)  # others have no rule
             for variant in variants:
                 options: dict[str, Any] = Variant.parse(variant)._asdict()
                 yield TrainConfig(**shared, **options, model=model, norm=norm, activation=activation)

@@ -17,10 +17,10 @@ import scipy.stats
 from jaxtyping import Float
 from matplotlib.axes import Axes
 
-from anact_jax import ACTIVATIONS, RULES
+from anact_jax import RULES
 from anact_jax.tempering import check_nonlinearity
 from experiments.cells import Outcome, Results
-from experiments.models import check_name
+from experiments.models import TRACKINGS, ActivationName, check_name
 
 _PANELS_IN_A_ROW = 3
 _HOW_TO_READ = (
@@ -35,7 +35,8 @@ class Variant(NamedTuple):
     """Options of a normalized activation, written as a rule and what is added to it.
 
     `"mean+center+unit+feature+nu0.1"` is `rule="mean", center=True, reference="unit", feature_axes=-1,
-    nonlinearity=0.1`; `+diff` is `stop_gradient=False`, `+learn` is `learnable=True`.
+    nonlinearity=0.1`; `+diff` is `stop_gradient=False`, `+learn` is `learnable=True`; `+lag` and `+fixed` are its
+    `tracking`.
     """
 
     rule: str
@@ -45,6 +46,7 @@ class Variant(NamedTuple):
     learnable: bool
     per_feature: bool
     nonlinearity: float | None
+    tracking: str
 
     @classmethod
     def parse(cls, text: str) -> "Variant":
@@ -55,7 +57,9 @@ class Variant(NamedTuple):
         for extra in extras:
             if extra not in limits[:1]:
                 check_name(
-                    "extra of a rule", extra, ("center", "unit", "diff", "learn", "feature", "nu and one number")
+                    "extra of a rule",
+                    extra,
+                    ("center", "unit", "diff", "learn", "feature", *TRACKINGS[1:], "nu and one number"),
                 )
         try:
             nonlinearity = float(limits[0].removeprefix("nu")) if limits else None
@@ -65,7 +69,8 @@ class Variant(NamedTuple):
             check_nonlinearity(nonlinearity)
         reference = "unit" if "unit" in extras else "input"
         constant, learned = "diff" not in extras, "learn" in extras
-        return cls(rule, "center" in extras, reference, constant, learned, "feature" in extras, nonlinearity)
+        tracking = next((extra for extra in extras if extra in TRACKINGS), "batch")
+        return cls(rule, "center" in extras, reference, constant, learned, "feature" in extras, nonlinearity, tracking)
 
     def __str__(self) -> str:
         extras = {
@@ -74,6 +79,7 @@ class Variant(NamedTuple):
             "diff": not self.stop_gradient,
             "learn": self.learnable,
             "feature": self.per_feature,
+            self.tracking: self.tracking != "batch",
             f"nu{self.nonlinearity:g}" if self.nonlinearity else "": self.nonlinearity is not None,
         }
         return "+".join([self.rule, *(name for name, present in extras.items() if present)])
@@ -84,27 +90,36 @@ class Place(NamedTuple):
 
     dataset: str
     train_images: int | None
+    half: int | None
     pool: int
     epochs: int
     batch_size: int
+    optimizer: str
     model: str
+
+    @property
+    def file_name(self) -> str:
+        """Short; what is as usual is left out."""
+        return "-".join(str(part) for part in self if part not in (None, "sgd"))
 
 
 class Side(NamedTuple):
-    """A column of the table: `variant` is None for plain activations."""
+    """A column of the table: `variant` is None for activations that are not normalized."""
 
     norm: str
     init: str
     variant: Variant | None
+    shaped: bool = False
 
     @property
     def plain(self) -> "Side":
         """The same network with plain activations."""
-        return self._replace(variant=None)
+        return self._replace(variant=None, shaped=False)
 
     def __str__(self) -> str:
         activation = "plain" if self.variant is None else f"normalized, {self.variant}"
-        norm = {"none": "", "batch": ", BatchNorm", "group": ", GroupNorm"}[self.norm]
+        activation = "Deep Kernel Shaping" if self.shaped else activation
+        norm = {"none": "", "batch": ", BatchNorm", "group": ", GroupNorm", "layer": ", LayerNorm"}[self.norm]
         return activation + norm + ("" if self.init == "lecun" else f", {self.init} init")
 
 
@@ -170,10 +185,9 @@ def arrange(results: Results) -> dict[Place, Table]:
     tables: dict[Place, Table] = defaultdict(lambda: defaultdict(lambda: defaultdict(Runs)))
     for settings, outcome in results:
         place = Place(*(settings[name] for name in Place._fields))
-        name = settings["activation"]
-        variant = None if name in ACTIVATIONS else Variant(*(settings[field] for field in Variant._fields))
-        activation = name if variant is None else name.removeprefix("n")
-        runs = tables[place][Side(settings["norm"], settings["init"], variant)][activation]
+        form, activation = ActivationName.parse(settings["activation"])
+        variant = Variant(*(settings[field] for field in Variant._fields)) if form == "n" else None
+        runs = tables[place][Side(settings["norm"], settings["init"], variant, form == "d")][activation]
         if settings["on_test"]:
             if runs.rate != settings["learning_rate"]:  # chosen anew, from more learning rates
                 runs.rate, runs.verdict = settings["learning_rate"], {}
@@ -186,7 +200,9 @@ def arrange(results: Results) -> dict[Place, Table]:
 def _finished(table: Table) -> Table:
     """Only what has been measured on the test split, in a fixed order."""
     sides = {side: {name: runs for name, runs in column.items() if runs.verdict} for side, column in table.items()}
-    order = sorted(sides, key=lambda side: (side.norm != "none", side.norm, side.init, str(side.variant or "")))
+    order = sorted(
+        sides, key=lambda side: (side.norm != "none", side.norm, side.init, side.shaped, str(side.variant or ""))
+    )
     return {side: sides[side] for side in order if sides[side]}
 
 
@@ -207,7 +223,7 @@ def _cell(table: Table, side: Side, activation: str) -> str:
     diverged = sum(outcome["diverged"] for outcome in runs.verdict.values())
     notes = f" at {runs.rate:g}{'†' if runs.at_edge else ''}" + (f", {diverged} diverged" if diverged else "")
     plain = table.get(side.plain, {}).get(activation)
-    if side.variant is None or plain is None:
+    if side == side.plain or plain is None:
         return f"{runs.accuracy()}{notes}"
     difference = runs.against(plain)
     text = f"{'+' if difference.mean > 0 else ''}{difference}"
@@ -257,7 +273,7 @@ def _draw_panels(table: Table, path: Path, draw: Callable[..., None]) -> None:
     for panel, activation in zip(panels.flat, activations, strict=False):
         for number, (side, column) in enumerate(table.items()):
             if activation in column:
-                line = "--" if side.variant is None else "-"
+                line = "--" if side == side.plain else "-"
                 draw(panel, column[activation], color=f"C{number}", linestyle=line, label=str(side))
         panel.set(title=activation, ylim=(0, 1.02))
         panel.label_outer()
@@ -280,7 +296,7 @@ def write_reports(results: Results, workdir: Path, command: str) -> list[Path]:
         markdown += [f"## {title}", recipe, markdown_table(table)]
         page += [f"<h2>{html.escape(title)}</h2>", f"<p>{html.escape(recipe)}</p>", _html_table(markdown_table(table))]
         for kind, draw in (("curves", draw_curves), ("rates", draw_rates)):
-            picture = workdir / f"{'-'.join(str(part) for part in place if part is not None)}-{kind}.png"
+            picture = workdir / f"{place.file_name}-{kind}.png"
             draw(table, picture)
             markdown.append(f"![{title}, {kind}]({picture.name})")
             encoded = base64.b64encode(picture.read_bytes()).decode()
@@ -293,11 +309,13 @@ def write_reports(results: Results, workdir: Path, command: str) -> list[Path]:
 
 def _recipe(place: Place, table: Table) -> str:
     images = "all" if place.train_images is None else f"{place.train_images:,}"
+    part = f" of half {place.half}" if place.half else ""
     size = f", pixels averaged in blocks of {place.pool}x{place.pool}" if place.pool > 1 else ""
     seeds = sorted({len(runs.verdict) for column in table.values() for runs in column.values()})
     rates = sorted({rate for column in table.values() for runs in column.values() for rate in runs.by_rate})
     return (
-        f"{images} training images{size}, {place.epochs} epochs, batches of {place.batch_size}; learning rates "
+        f"{images} training images{part}{size}, {place.optimizer}, {place.epochs} epochs, batches "
+        f"of {place.batch_size}; learning rates "
         f"{', '.join(f'{rate:g}' for rate in rates)}; {' to '.join(map(str, {seeds[0]: 0, seeds[-1]: 0}))} seeds."
     )
 

@@ -10,7 +10,9 @@ from tyro.conf import arg
 from anact_jax import ACTIVATIONS, REFERENCES, RULES
 from anact_jax.linen import ANAct
 from experiments.data import DATASETS, Augmentation, Dataset, load, with_subset
-from experiments.models import INITS, MODELS, NORMS, STEMS, check_name
+from experiments.models import INITS, MODELS, NORMS, STEMS, TRACKINGS, check_name
+
+OPTIMIZERS = ("sgd", "adam")
 
 
 def _one_of(*names: str) -> str:
@@ -28,6 +30,8 @@ class Recipe:
     """number of training images, by default all"""
     validation_images: int = 0
     """training images held out to measure on; 0 measures on the test split"""
+    half: int | None = None
+    """1 or 2: only this half of the training images; 1, on which choices are made, has a test part of its own"""
     pool: int = 1
     """width of the blocks of pixels averaged into one: 2 halves the resolution"""
     augment: bool = True
@@ -44,8 +48,9 @@ class Recipe:
     """examples in a step, over all devices"""
     warmup_epochs: float = 1.0
     """epochs during which the learning rate rises"""
+    optimizer: Annotated[str, arg(help=_one_of(*OPTIMIZERS))] = "sgd"
     momentum: float = 0.9
-    """momentum of SGD, 0 to 1"""
+    """weight of the past in the gradient's average, 0 to 1"""
     weight_decay: float = 5e-4
     """L2 penalty on kernels, added to their gradient"""
     init: Annotated[
@@ -62,6 +67,7 @@ class Recipe:
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
         check_name("dataset", self.dataset, DATASETS)
+        check_name("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("epochs", "batch_size", "group_size", "pool"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -80,8 +86,14 @@ class Recipe:
             ValueError: it is too small for these settings.
         """
         dataset = load(self.dataset, self.data_dir, round(self.memory_gib * 2**30))
-        if self.train_images is not None or self.validation_images or self.pool > 1:
-            dataset = with_subset(dataset, train=self.train_images, validation=self.validation_images, pool=self.pool)
+        if self.train_images is not None or self.validation_images or self.half is not None or self.pool > 1:
+            dataset = with_subset(
+                dataset,
+                train=self.train_images,
+                validation=self.validation_images,
+                half=self.half,
+                pool=self.pool,
+            )
         if self.batch_size > len(dataset.train):
             raise ValueError(
                 f"batch_size {self.batch_size} is larger than the training data, {len(dataset.train)} examples"
@@ -102,9 +114,10 @@ class TrainConfig(Recipe):
     """
 
     model: Annotated[str, arg(help=_one_of(*MODELS))] = "resnet20"
-    activation: Annotated[str, arg(help=f"{_one_of(*ACTIVATIONS)}; with n before it, as in nswish, normalized")] = (
-        "nswish"
-    )
+    activation: Annotated[
+        str,
+        arg(help=f"{_one_of(*ACTIVATIONS)}; with n before it, as in nswish, normalized; with d, Deep Kernel Shaping"),
+    ] = "nswish"
     rule: Annotated[str, arg(help=f"how the normalization factor is chosen: {_one_of(*RULES)}")] = ANAct.rule
     center: bool = ANAct.center
     """subtract the mean of f(x) before scaling"""
@@ -117,6 +130,10 @@ class TrainConfig(Recipe):
     """statistics of their own for each channel, instead of one set for the layer"""
     stop_gradient: bool = ANAct.stop_gradient
     """treat factor and shift as constants under differentiation"""
+    tracking: Annotated[
+        str,
+        arg(help=f"statistics that training normalizes with, {_one_of(*TRACKINGS)}: lag, those of the steps before"),
+    ] = "batch"
     learnable: bool = ANAct.learnable
     """learn a bounded correction of each factor"""
     activation_momentum: float = ANAct.momentum
@@ -136,6 +153,7 @@ class TrainConfig(Recipe):
         super().check()
         check_name("rule", self.rule, RULES)
         check_name("reference", self.reference, REFERENCES)
+        check_name("tracking", self.tracking, TRACKINGS)
         check_positive("learning_rate", self.learning_rate)
         check_positive("activation_scale", self.activation_scale)
         if self.nonlinearity is not None:

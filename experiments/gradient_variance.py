@@ -28,7 +28,7 @@ from experiments.config import check_not_negative, check_positive
 from experiments.data import Batch, Dataset, load, training_batches
 from experiments.data.pipeline import standardize
 from experiments.loop import DivergenceError
-from experiments.models import check_activation, check_name, make_layers
+from experiments.models import ActivationName, check_name, make_layers
 from experiments.models.mlp import MLP
 from experiments.steps import create_state, make_train_step
 
@@ -79,7 +79,7 @@ class Config:
             if not getattr(self, field):
                 raise ValueError(f"{field} needs at least one value")
         for name in self.activations:
-            check_activation(name)
+            ActivationName.parse(name)
         check_name("rule", self.rule, RULES)
         check_name("reference", self.reference, REFERENCES)
         if not 1 <= self.batch_size <= len(dataset.train):

@@ -1,6 +1,8 @@
 """The network that a configuration asks for."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,18 +10,19 @@ import jax.numpy as jnp
 
 from experiments.config import TrainConfig
 from experiments.data import Dataset
-from experiments.models import make_layers, make_model
+from experiments.models import ActivationName, Plain, make_layers, make_model
 
 
-def make_network(config: TrainConfig, dataset: Dataset) -> nn.Module:
+def make_network(config: TrainConfig, dataset: Dataset, *, convs_by_matmul: bool = False) -> nn.Module:
     """The network, tried out on the data set's shapes without computing anything.
 
     Raises:
         ValueError: a name is unknown, or its layers do not fit together, or not with the images.
     """
-    layers = make_layers(
-        config.activation,
-        config.norm,
+    images = jnp.zeros((1, *dataset.train.shape))
+    make_layers_of = functools.partial(
+        make_layers,
+        norm=config.norm,
         init=config.init,
         norm_momentum=config.norm_momentum,
         group_size=config.group_size,
@@ -32,9 +35,30 @@ def make_network(config: TrainConfig, dataset: Dataset) -> nn.Module:
         learnable=config.learnable,
         momentum=config.activation_momentum,
         activation_scale=config.activation_scale,
+        tracking=config.tracking,
+        convs_by_matmul=convs_by_matmul,
     )
-    model = make_model(config.model, layers, dataset.classes, config.stem)
-    jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, *dataset.train.shape)))
+
+    def network(activation: str, depth: int = 1) -> nn.Module:
+        layers = make_layers_of(activation, depth=depth)
+        return make_model(config.model, layers, dataset.classes, config.stem)
+
+    def try_out(model: nn.Module) -> int:
+        """Number of plain activations."""
+        calls = []
+
+        def count(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            if isinstance(context.module, Plain) and context.method_name == "__call__":
+                calls.append(context.module)
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(count):
+            jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+        return len(calls)
+
+    form, base = ActivationName.parse(config.activation)
+    model = network(config.activation, try_out(network(base))) if form == "d" else network(config.activation)
+    try_out(model)
     return model
 
 

@@ -62,7 +62,7 @@ def steps_per_epoch(recipe: Recipe, dataset: Dataset) -> int:
 
 
 def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD with momentum and weight decay on kernels, under a linear rise and a cosine fall.
+    """SGD with momentum, or Adam; weight decay on kernels, under a linear rise and a cosine fall.
 
     Its peak learning rate is 1; the training step multiplies by the state's, so that one compiled
     step serves all learning rates.
@@ -77,8 +77,10 @@ def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransf
     def kernels(params: PyTree[Array]) -> PyTree[bool]:
         return jax.tree.map(lambda parameter: parameter.ndim > 1, params)
 
+    method = optax.adam(schedule, b1=recipe.momentum) if recipe.optimizer == "adam" else None
     return optax.chain(
-        optax.add_decayed_weights(recipe.weight_decay, mask=kernels), optax.sgd(schedule, momentum=recipe.momentum)
+        optax.add_decayed_weights(recipe.weight_decay, mask=kernels),
+        method or optax.sgd(schedule, momentum=recipe.momentum),
     )
 
 

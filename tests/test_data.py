@@ -89,6 +89,17 @@ def test_a_validation_split_is_taken_out_of_the_training_images():
     np.testing.assert_array_equal(with_subset(dataset, train=20).test.labels, dataset.test.labels)
 
 
+def test_halves_have_nothing_in_common_and_the_first_leaves_the_test_split_alone():
+    dataset = made_of(noise(61), noise(7))
+    first, second = (with_subset(dataset, half=half) for half in (1, 2))
+    choice = with_subset(dataset, half=1, validation=6)
+    assert (len(first.train), len(first.test), len(second.train), len(second.test)) == (26, 5, 30, 7)
+    assert not {*first.train.labels, *first.test.labels} & {*second.train.labels}
+    assert not {*first.train.labels} & {*first.test.labels}
+    assert {*choice.test.labels} | {*choice.train.labels} == {*first.train.labels}
+    np.testing.assert_array_equal(second.test.labels, dataset.test.labels)
+
+
 def test_pooling_averages_blocks():
     image = np.array([[0, 4, 10, 10], [8, 8, 10, 13]], np.uint8)[None, :, :, None]
     dataset = made_of(Arrays(image, np.zeros(1, int)), Arrays(image, np.zeros(1, int)))
@@ -103,6 +114,7 @@ def test_pooling_averages_blocks():
         ({"train": 51}, "51 images for training and 0 for validation out of 50"),
         ({"train": 0}, "0 images for training"),
         ({"train": 45, "validation": 6}, "45 images for training and 6 for validation out of 50"),
+        ({"half": 3}, "half must be 1 or 2, got 3"),
         ({"validation": 50}, "0 images for training"),
         ({"validation": -1}, "-1 for validation"),
         ({"pool": 2}, "pool must divide the size of the images"),

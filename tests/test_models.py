@@ -6,10 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from anact_jax import gaussian_stats
 from anact_jax.linen import ANAct
+from experiments.config import TrainConfig
+from experiments.data import load
 from experiments.gains import factor_range, layer_gains
 from experiments.models import MODELS, NORMS, Plain, activation_layer, make_layers, make_model
+from experiments.models.layers import conv_by_matmul
 from experiments.models.mlp import MLP
+from experiments.models.shaping import deep_kernel_shaped
+from experiments.network import make_network
 
 
 def parameter_count(model, image_shape):
@@ -86,7 +92,7 @@ def test_initial_variance(init):
 
 
 @pytest.mark.parametrize(
-    ("norm", "init", "message"), [("layer", "lecun", "unknown norm"), ("none", "x", "unknown init")]
+    ("norm", "init", "message"), [("instance", "lecun", "unknown norm"), ("none", "x", "unknown init")]
 )
 def test_unknown_names_are_refused_by_the_maker(norm, init, message):
     with pytest.raises(ValueError, match=message):
@@ -180,3 +186,61 @@ def test_shown_factors_include_the_learned_correction():
     after = [float(layer.normalization.factor) for layer in layer_gains(model, variables, x)]
     np.testing.assert_allclose(after, [before[0], before[1] + 0.3], rtol=1e-6)
     np.testing.assert_allclose(factor_range(variables, {}), (min(after), max(after)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "strides"), [((7, 8), (3, 3), (2, 2)), ((6, 5), (1, 1), (2, 2)), ((7, 7), (7, 7), (1, 1))]
+)
+def test_convolutions_as_matrix_products_are_the_same(size, kernel, strides):
+    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+    conv = nn.Conv(4, kernel, strides)
+    variables = conv.init(jax.random.key(1), x)
+    found = conv.clone(conv_general_dilated=conv_by_matmul).apply(variables, x)
+    np.testing.assert_allclose(found, conv.apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_can_lag_or_stay_fixed():
+    x = 3 + jax.random.normal(jax.random.key(0), (8, 16))
+
+    def after_two_steps(tracking):
+        layer = activation_layer("nrelu", tracking=tracking, center=True)(False)
+        variables = layer.init(jax.random.key(1), x)
+        outputs = []
+        for _ in range(2):
+            y, variables = layer.apply(variables, x, mutable=["batch_stats"])
+            outputs.append(float(jnp.mean(y)))
+        return outputs, float(variables["batch_stats"]["count"])
+
+    batch, lag, fixed = map(after_two_steps, ("batch", "lag", "fixed"))
+    np.testing.assert_allclose(batch[0], 0, atol=1e-5)
+    assert lag[0][0] > 1
+    np.testing.assert_allclose(lag[0][1], 0, atol=1e-5)
+    assert fixed[0][0] == fixed[0][1] == lag[0][0]
+    assert (batch[1], lag[1], fixed[1]) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("name", ["swish", "tanh", "gelu"])
+def test_deep_kernel_shaping_meets_its_conditions(name):
+    """For N(0, 1) input: mean 0, mean square 1, and a slope that 12 layers raise to 1.5."""
+    stats = gaussian_stats(deep_kernel_shaped(name, 12))
+    np.testing.assert_allclose((stats.mean_out, stats.var_out), (0, 1), atol=5e-3)
+    np.testing.assert_allclose(stats.slope_sq**12, 1.5, rtol=2e-2)
+
+
+def test_deep_kernel_shaping_counts_the_activations():
+    config = TrainConfig(model="mlp5", activation="dtanh", norm="none")
+    [shaped] = {module.fn for module in plain_activations(make_network(config, load("digits")))}
+    assert shaped is deep_kernel_shaped("tanh", 5)
+
+
+def plain_activations(model):
+    found = []
+
+    def on_call(call, args, kwargs, context):
+        if isinstance(context.module, Plain):
+            found.append(context.module)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(on_call):
+        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    return found

@@ -196,7 +196,9 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def with_subset(dataset: Dataset, *, train: int | None = None, validation: int = 0, pool: int = 1) -> Dataset:
+def with_subset(
+    dataset: Dataset, *, train: int | None = None, validation: int = 0, half: int | None = None, pool: int = 1
+) -> Dataset:
     """The same data set, smaller, or with a validation split in the place of its test split.
 
     Which training images go where depends on the numbers alone. Mean and deviation are those of
@@ -206,19 +208,29 @@ def with_subset(dataset: Dataset, *, train: int | None = None, validation: int =
         dataset: the whole.
         train: number of training images to keep, by default all that are left.
         validation: number of training images to hold out; where it is not 0, they become `test`.
+        half: 1 or 2, to take all of these from one half of the training images; they have none in common. With 1,
+            which choices are made on, a sixth of the half takes the place of the test split, so that choices
+            never see it.
         pool: width of the blocks of pixels that are averaged into one.
 
     Raises:
-        ValueError: there are not that many images, or the blocks do not divide them.
+        ValueError: there are not that many images, the blocks do not divide them, or there is no such half.
     """
-    total = len(dataset.train)
+    order = np.random.default_rng(0).permutation(len(dataset.train))
+    if half is not None:
+        if half not in (1, 2):
+            raise ValueError(f"half must be 1 or 2, got {half}")
+        order = np.array_split(order, 2)[half - 1]
+    order, stand_in = np.split(order, [-(len(order) // 6)]) if half == 1 else (order, None)
+    total = len(order)
     kept = total - validation if train is None else train
     if kept < 1 or validation < 0 or kept + validation > total:
         raise ValueError(f"cannot take {kept} images for training and {validation} for validation out of {total}")
     if any(side % pool for side in dataset.train.shape[:2]):
         raise ValueError(f"pool must divide the size of the images, {dataset.train.shape[:2]}, got {pool}")
-    order = np.random.default_rng(0).permutation(total)
     test: Examples = Subset(dataset.test, np.arange(len(dataset.test)), pool)
+    if stand_in is not None:
+        test = Subset(dataset.train, stand_in, pool)
     if validation:
         test = Subset(dataset.train, order[:validation], pool)
     parts: list[Examples] = [Subset(dataset.train, order[validation : validation + kept], pool), test]

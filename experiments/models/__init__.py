@@ -10,14 +10,15 @@ from experiments.models.cnn import VGG, PlainCNN
 from experiments.models.layers import (
     INITS,
     NORMS,
+    TRACKINGS,
+    ActivationName,
     Layers,
     Plain,
     activation_layer,
-    check_activation,
     check_name,
     make_layers,
 )
-from experiments.models.mlp import MLP
+from experiments.models.mlp import MLP, ResidualMLP
 from experiments.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet, WideResNet
 
 __all__ = [
@@ -25,10 +26,11 @@ __all__ = [
     "MODELS",
     "NORMS",
     "STEMS",
+    "TRACKINGS",
+    "ActivationName",
     "Layers",
     "Plain",
     "activation_layer",
-    "check_activation",
     "check_name",
     "make_layers",
     "make_model",
@@ -51,8 +53,13 @@ _MAKERS: dict[str, Callable[..., nn.Module]] = {
     "vgg11_narrow": functools.partial(VGG, stage_sizes=(1, 1, 2, 2, 2), features=16),
     "vgg16": functools.partial(VGG, stage_sizes=(2, 2, 3, 3, 3), features=64),
     "cnn12": functools.partial(PlainCNN, depth=12, features=16),
+    "mlp5": functools.partial(MLP, depth=5, width=128),
     "mlp10": functools.partial(MLP, depth=10, width=128),
     "mlp30": functools.partial(MLP, depth=30, width=128),
+    "mlp100": functools.partial(MLP, depth=100, width=128),
+    "resmlp16": functools.partial(ResidualMLP, depth=16, width=128),
+    "resmlp100": functools.partial(ResidualMLP, depth=100, width=128),
+    "preresmlp16": functools.partial(ResidualMLP, depth=16, width=128, activation_first=True),
 }
 MODELS = tuple(_MAKERS)
 

@@ -1,18 +1,22 @@
 """The parts that every network takes from outside, and how to make them."""
 
 import functools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from anact_jax import ACTIVATIONS, Activation
 from anact_jax.linen import ANAct
+from experiments.models.shaping import deep_kernel_shaped
 
+TRACKINGS = ("batch", "lag", "fixed")
 INITS = {"lecun": 1.0, "he": 2.0}  # variance of a weight times fan-in
-NORMS = ("batch", "group", "none")
+NORMS = ("batch", "group", "layer", "none")
 
 
 @runtime_checkable
@@ -71,28 +75,58 @@ def check_name(what: str, name: str, known: Iterable[str]) -> None:
         raise ValueError(f"unknown {what} {name!r}; expected one of {', '.join(known)}")
 
 
-def check_activation(name: str) -> None:
-    """Raises ValueError unless `name` is an activation, or one with `n` before it for its normalized form."""
-    if name not in ACTIVATIONS and name.removeprefix("n") not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}; expected one of {', '.join(ACTIVATIONS)}, or n and its name")
+class ActivationName(NamedTuple):
+    """An activation and its form: `""` as it is, `"n"` normalized, `"d"` by Deep Kernel Shaping."""
+
+    form: str
+    base: str
+
+    @classmethod
+    def parse(cls, name: str) -> "ActivationName":
+        """Raises ValueError unless `name` is an activation, or one with the letter of its form before it."""
+        if name in ACTIVATIONS:
+            return cls("", name)
+        if name[:1] in ("n", "d") and name[1:] in ACTIVATIONS:
+            return cls(name[0], name[1:])
+        raise ValueError(
+            f"unknown activation {name!r}; expected one of {', '.join(ACTIVATIONS)}, or n (normalized) or d (Deep "
+            "Kernel Shaping) and its name"
+        )
 
 
-def activation_layer(name: str, **options: Any) -> Callable[[bool], Layer]:
-    """Maker of the activation called `name`; `"nswish"` is `ANAct(swish, **options)`, `"swish"` is plain.
+def activation_layer(name: str, *, depth: int = 1, tracking: str = "batch", **options: Any) -> Callable[[bool], Layer]:
+    """Maker of an activation: `"swish"` is plain, `"nswish"` is `ANAct(swish, **options)`, `"dswish"` shaped.
+
+    Args:
+        name: see `ActivationName`.
+        depth: activations in the network, which Deep Kernel Shaping needs to know.
+        tracking: the statistics that an activation is normalized with in training: those of the
+            `"batch"`; with `"lag"` the running ones of the steps before; with `"fixed"` those of a
+            standard normal input for ever.
+        **options: of `ANAct`.
 
     Raises:
-        ValueError: no activation has this name.
+        ValueError: no activation has this name, or no such tracking.
     """
-    check_activation(name)
-    if name in ACTIVATIONS:
-        return lambda use_running_average: Plain(ACTIVATIONS[name])
-    return lambda use_running_average: ANAct(
-        ACTIVATIONS[name.removeprefix("n")], use_running_average=use_running_average, **options
-    )
+    form, base = ActivationName.parse(name)
+    check_name("tracking", tracking, TRACKINGS)
+    fn = ACTIVATIONS[base]
+    if form == "n":
+        return lambda inference: ANAct(
+            fn,
+            use_running_average=inference or tracking != "batch",
+            update=not inference and tracking != "fixed",
+            **options,
+        )
+    if form == "d":
+        fn = deep_kernel_shaped(base, depth)
+    return lambda inference: Plain(fn)
 
 
 def norm_layer(name: str, *, momentum: float, group_size: int) -> Callable[[bool], Layer]:
-    """Maker of batch, group or no normalization over channels-last input.
+    """Maker of batch, group, layer or no normalization over channels-last input.
+
+    Layer normalization is over all of an example, as group normalization with a single group.
 
     Raises:
         ValueError: unknown name.
@@ -102,6 +136,8 @@ def norm_layer(name: str, *, momentum: float, group_size: int) -> Callable[[bool
         return lambda use_running_average: nn.BatchNorm(use_running_average=use_running_average, momentum=momentum)
     if name == "group":
         return lambda use_running_average: nn.GroupNorm(num_groups=None, group_size=group_size)
+    if name == "layer":
+        return lambda use_running_average: nn.GroupNorm(num_groups=1)
     return lambda use_running_average: lambda x: x
 
 
@@ -113,12 +149,14 @@ def make_layers(
     norm_momentum: float = 0.9,
     group_size: int = 8,
     activation_scale: float = 1.0,
+    convs_by_matmul: bool = False,
     **activation_options: Any,
 ) -> Layers:
     """The parts of a network by name; weights are truncated normal of variance `INITS[init]` / fan-in.
 
     A convolution has a bias only where no normalization layer brings one. Activations are multiplied
-    by `activation_scale`: 1, but for studies of what happens elsewhere.
+    by `activation_scale`: 1, but for studies of what happens elsewhere. `convs_by_matmul` computes the same
+    convolutions in another way: see `conv_by_matmul`.
 
     Raises:
         ValueError: unknown activation, norm or init.
@@ -127,8 +165,39 @@ def make_layers(
     act = activation_layer(activation, **activation_options)
     kernel_init = jax.nn.initializers.variance_scaling(INITS[init], "fan_in", "truncated_normal")
     return Layers(
-        conv=functools.partial(nn.Conv, use_bias=norm == "none", kernel_init=kernel_init),
+        conv=functools.partial(
+            nn.Conv,
+            use_bias=norm == "none",
+            kernel_init=kernel_init,
+            conv_general_dilated=conv_by_matmul if convs_by_matmul else None,
+        ),
         dense=functools.partial(nn.Dense, kernel_init=kernel_init),
         norm=norm_layer(norm, momentum=norm_momentum, group_size=group_size),
         act=act if activation_scale == 1 else lambda mode: Scaled(act(mode), activation_scale),
     )
+
+
+def conv_by_matmul(
+    x: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "kernel_height kernel_width channels features"],
+    strides: Sequence[int],
+    padding: Any,
+    **unused: Any,
+) -> Float[Array, "batch height2 width2 features"]:
+    """`jax.lax.conv_general_dilated` for `nn.Conv` with padding "SAME", as one matrix product of shifted images.
+
+    On a CPU several times as fast where channels are few, and the only fast way where `vmap` gives each of
+    several networks its own kernel, which XLA takes for a grouped convolution.
+    """
+    batch, *size, channels = x.shape
+    *window, _, features = kernel.shape
+    out = [-(-n // stride) for n, stride in zip(size, strides, strict=True)]
+    missing = [max((m - 1) * s + w - n, 0) for m, s, w, n in zip(out, strides, window, size, strict=True)]
+    x = jnp.pad(x, ((0, 0), *((total // 2, total - total // 2) for total in missing), (0, 0)))
+    shifted = [
+        x[:, i : i + (out[0] - 1) * strides[0] + 1 : strides[0], j : j + (out[1] - 1) * strides[1] + 1 : strides[1]]
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+    patches = jnp.concatenate(shifted, axis=-1).reshape(-1, math.prod(window) * channels)
+    return (patches @ kernel.reshape(-1, features)).reshape(batch, *out, features)

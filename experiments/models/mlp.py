@@ -1,4 +1,4 @@
-"""Plain fully connected networks."""
+"""Fully connected networks, plain and residual."""
 
 import flax.linen as nn
 from jaxtyping import Array, Float
@@ -28,4 +28,34 @@ class MLP(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for _ in range(self.depth):
             x = act()(norm()(self.layers.dense(self.width)(x)))
+        return nn.Dense(self.classes)(x)
+
+
+class ResidualMLP(nn.Module):
+    """A dense layer, then `depth` blocks `x + branch(x)` of one dense layer each; images are flattened.
+
+    Attributes:
+        layers: makers of dense layer, normalization layer and activation.
+        classes: number of logits.
+        depth: number of blocks.
+        width: units in each.
+        activation_first: the branch is `dense(act(norm(x)))`, otherwise `act(norm(dense(x)))`.
+    """
+
+    layers: Layers
+    classes: int
+    depth: int
+    width: int
+    activation_first: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch ..."], train: bool) -> Float[Array, "batch classes"]:
+        """Logits."""
+        _, norm, act = self.layers.in_mode(train)
+        x = self.layers.dense(self.width)(x.reshape(x.shape[0], -1))
+        for _ in range(self.depth):
+            if self.activation_first:
+                x = x + self.layers.dense(self.width)(act()(norm()(x)))
+            else:
+                x = x + act()(norm()(self.layers.dense(self.width)(x)))
         return nn.Dense(self.classes)(x)

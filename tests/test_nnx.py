@@ -1,0 +1,321 @@
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import anact_jax.linen
+import anact_jax.nnx
+from anact_jax import Stats
+from anact_jax.nnx import ActivationStat, ANAct, NSwish
+
+NAMES = ["NReLU", "NLeakyReLU", "NELU", "NTanh", "NSigmoid", "NSoftplus", "NSwish", "NGELU", "NMish"]
+OPTIONS = [
+    {},
+    {"rule": "exact", "reference": "unit", "nonlinearity": 0.1},
+    {"center": True, "stop_gradient": False, "learnable": True},
+]
+
+
+def batches(count, seed=0, shape=(16, 6)):
+    return 0.3 + 2 * jax.random.normal(jax.random.key(seed), (count, *shape))
+
+
+def state_of(layer):
+    return Stats(*(getattr(layer, field)[...] for field in Stats._fields))
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs, act=NSwish):
+        self.hidden, self.act, self.out = nnx.Linear(6, 12, rngs=rngs), act(), nnx.Linear(12, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.act(self.hidden(x)))
+
+
+def trained(steps, **options):
+    """A Linen and an NNX network from the same weights after the same training steps."""
+
+    class LinenNet(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.Dense(12)(x)
+            x = anact_jax.linen.ANAct(**options)(x, use_running_average=not train)
+            return nn.Dense(3)(x)
+
+    xs, labels, optimizer = batches(steps), jnp.arange(16) % 3, optax.sgd(0.1, momentum=0.9)
+    net = Net(nnx.Rngs(0), lambda: ANAct(**options))
+    net.train()
+    state = nnx.Optimizer(net, optimizer, wrt=nnx.Param)
+    linen = LinenNet()
+    variables = linen.init(jax.random.key(0), xs[0], train=True)
+    params, stats = variables["params"], variables["batch_stats"]
+    params["Dense_0"], params["Dense_1"] = (
+        {name: layer_value[...] for name, layer_value in (("kernel", layer.kernel), ("bias", layer.bias))}
+        for layer in (net.hidden, net.out)
+    )
+    moments = optimizer.init(params)
+
+    @nnx.jit
+    def nnx_step(net, state, x):
+        def loss(net):
+            return optax.softmax_cross_entropy_with_integer_labels(net(x), labels).mean()
+
+        value, gradient = nnx.value_and_grad(loss)(net)
+        state.update(net, gradient)
+        return value
+
+    @jax.jit
+    def linen_step(params, stats, moments, x):
+        def loss(params):
+            variables = {"params": params, "batch_stats": stats}
+            logits, new = linen.apply(variables, x, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+
+        (value, stats_), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, moments = optimizer.update(gradient, moments, params)
+        return optax.apply_updates(params, updates), stats_, moments, value
+
+    losses = []
+    for x in xs:
+        value = nnx_step(net, state, x)
+        params, stats, moments, other = linen_step(params, stats, moments, x)
+        losses.append((float(value), float(other)))
+    net.eval()
+    outputs = nnx.jit(lambda net, x: net(x))(net, xs[0])
+    expected = jax.jit(functools.partial(linen.apply, train=False))({"params": params, "batch_stats": stats}, xs[0])
+    return losses, (state_of(net.act), Stats(**stats["ANAct_0"])), (outputs, expected)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_ten_training_steps_equal_linen_s_to_the_last_bit(options):
+    losses, (state, expected_state), (outputs, expected) = trained(10, **options)
+    assert all(ours == linen for ours, linen in losses)
+    assert losses[0] != losses[-1]
+    chex.assert_trees_all_equal(state, expected_state)
+    np.testing.assert_array_equal(outputs, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_ones_are_linen_s(name):
+    x = batches(1)[0]
+    layer, linen = getattr(anact_jax.nnx, name)(), getattr(anact_jax.linen, name)()
+    y, _ = linen.init_with_output(jax.random.key(0), x, use_running_average=True)
+    np.testing.assert_array_equal(layer(x, use_running_average=True), y)
+    assert "ANAct" in layer.__doc__
+
+
+def test_state_is_a_batch_stat():
+    net = Net(nnx.Rngs(0))
+    _, params, stats, rest = nnx.split(net, nnx.Param, nnx.BatchStat, ...)
+    assert set(nnx.to_pure_dict(stats)["act"]) == set(Stats._fields)
+    assert not jax.tree.leaves(rest)
+    assert jax.tree.leaves(params)
+    assert isinstance(net.act.count, ActivationStat)
+
+
+def test_mode_comes_from_call_then_module_and_must_come_from_somewhere():
+    x, layer = batches(1)[0], NSwish()
+    with pytest.raises(ValueError, match=r"call model.train\(\) or model.eval\(\)"):
+        layer(x)
+    layer.eval()
+    layer(x)
+    assert layer.count[...] == 0
+    layer(x, use_running_average=False)
+    assert layer.count[...] == 1
+    layer.train()
+    layer(x)
+    assert layer.count[...] == 2
+    layer(x, use_running_average=True)
+    assert layer.count[...] == 2
+    inference = nnx.view(layer, use_running_average=True)
+    inference(x)
+    assert layer.count[...] == 2
+    assert not layer.use_running_average
+
+
+@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize("use_running_average", [True, False])
+def test_using_and_updating_are_independent(use_running_average, update):
+    x = batches(1)[0]
+    layer = NSwish(use_running_average=use_running_average, update=update)
+    y = layer(x)
+    assert bool(jnp.all(y == NSwish(use_running_average=True)(x))) == use_running_average
+    assert float(layer.count[...]) == float(update)
+
+
+def test_frozen_withstands_train_of_its_parent():
+    x, net = batches(1)[0], Net(nnx.Rngs(0), functools.partial(NSwish, frozen=True))
+    net.eval()
+    expected = net(x)
+    net.train()
+    np.testing.assert_array_equal(net(x), expected)
+    assert net.act.count[...] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum": 2.0}, "momentum is the weight of the past"),
+        ({"nonlinearity": 0.0}, "nonlinearity must be a positive number"),
+        ({"feature_axes": -1}, "features must give the size of each of feature_axes"),
+    ],
+)
+def test_bad_options_are_refused_when_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        ANAct(**options)
+
+
+def test_features_have_statistics_of_their_own():
+    x = batches(1)[0] * jnp.arange(1.0, 7)[None]
+    layer = ANAct(feature_axes=-1, features=6, use_running_average=False)
+    layer(x)
+    np.testing.assert_allclose(layer.var_in[...], x.var(0), rtol=1e-4)
+
+
+# Under NNX's transforms, each twice: what the first call leaves must be good enough for the second.
+
+
+def expected_state(xs, **options):
+    layer = NSwish(use_running_average=False, **options)
+    for x in xs:
+        layer(x)
+    return state_of(layer)
+
+
+def test_jit_and_one_trace_a_mode():
+    xs, layer = batches(10), NSwish()
+    layer.train()
+    run = nnx.jit(chex.assert_max_traces(lambda layer, x: layer(x), n=2))
+    for x in xs:
+        run(layer, x)
+    chex.assert_trees_all_close(state_of(layer), expected_state(xs), rtol=1e-6)
+    layer.eval()
+    for x in xs:
+        run(layer, x)
+    assert layer.count[...] == 10
+
+
+@pytest.mark.parametrize("transform", [nnx.grad, nnx.value_and_grad])
+def test_grad(transform):
+    xs, net = batches(2), Net(nnx.Rngs(0))
+    net.train()
+    gradient = nnx.jit(transform(lambda net, x: jnp.mean(net(x) ** 2)))
+    for x in xs:
+        leaves = jax.tree.leaves(gradient(net, x))
+    assert leaves and all(np.isfinite(leaf).all() for leaf in leaves)
+    assert net.act.count[...] == 2
+
+
+def test_remat():
+    xs, net = batches(2), Net(nnx.Rngs(0))
+    net.train()
+    plain = nnx.clone(net)
+    for x in xs:
+        expected = nnx.grad(lambda net, x: jnp.mean(net(x) ** 2))(plain, x)
+        found = nnx.grad(lambda net, x: jnp.mean(nnx.remat(lambda net, x: net(x))(net, x) ** 2))(net, x)
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert net.act.count[...] == 2
+    chex.assert_trees_all_close(state_of(net.act), state_of(plain.act), rtol=1e-6)
+
+
+def test_vmap_over_layers_of_their_own():
+    xs = batches(6).reshape(2, 3, 16, 6)
+
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make(_):
+        return NSwish(use_running_average=False)
+
+    layers = make(jnp.arange(3))
+    run = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, 0))
+    for x in xs:
+        run(layers, x)
+    for index in range(3):
+        found = jax.tree.map(lambda value, index=index: value[index], state_of(layers))
+        chex.assert_trees_all_close(found, expected_state(xs[:, index]), rtol=1e-5)
+
+
+def test_scan_over_layers_and_carried():
+    xs = batches(2)
+
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make(_):
+        return NSwish(use_running_average=False)
+
+    layers = make(jnp.arange(3))
+    run = nnx.jit(nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry))
+    for x in xs:
+        y = run(x, layers)
+    one_by_one = [NSwish(use_running_average=False) for _ in range(3)]
+    for x in xs:
+        for layer in one_by_one:
+            x = layer(x)
+    np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-5)
+    for index, layer in enumerate(one_by_one):
+        found = jax.tree.map(lambda value, index=index: value[index], state_of(layers))
+        chex.assert_trees_all_close(found, state_of(layer), rtol=1e-4)
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+    def over_batches(layer, x):
+        return layer, layer(x)
+
+    shared = NSwish(use_running_average=False)
+    for _ in range(2):
+        shared, _ = over_batches(shared, xs)
+    chex.assert_trees_all_close(state_of(shared), expected_state([*xs, *xs]), rtol=1e-5)
+
+
+def test_eval_shape_and_ahead_of_time_compilation():
+    abstract = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+    assert abstract.act.count.get_value().shape == ()
+    net, x = Net(nnx.Rngs(0)), batches(1)[0]
+    net.train()
+    graph, state = nnx.split(net)
+
+    def step(state, x):
+        net = nnx.merge(graph, state)
+        y = net(x)
+        return y, nnx.state(net)
+
+    compiled = jax.jit(step).lower(state, x).compile()
+    for _ in range(2):
+        y, state = compiled(state, x)
+    nnx.update(net, state)
+    assert net.act.count[...] == 2
+    assert y.shape == (16, 3)
+
+
+def test_split_and_merge_around_jax_grad():
+    net, xs = Net(nnx.Rngs(0)), batches(2)
+    net.train()
+    graph, params, stats = nnx.split(net, nnx.Param, nnx.BatchStat)
+
+    @jax.jit
+    def step(params, stats, x):
+        def loss(params):
+            net = nnx.merge(graph, params, stats, copy=True)  # variables of this trace, as for nnx.BatchNorm
+            value = jnp.mean(net(x) ** 2)
+            return value, nnx.state(net, nnx.BatchStat)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    for x in xs:
+        gradient, stats = step(params, stats, x)
+    nnx.update(net, stats)
+    assert net.act.count[...] == 2
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+
+
+def test_mask_leaves_padding_out():
+    x = batches(1)[0]
+    padded = jnp.concatenate([x, jnp.full((4, 6), 1e6)])
+    mask = jnp.arange(20)[:, None] < 16
+    layer = NSwish(use_running_average=False)
+    y = layer(padded, mask=mask)
+    chex.assert_trees_all_close(state_of(layer), expected_state([x]), rtol=1e-5)
+    np.testing.assert_allclose(y[:16], NSwish(use_running_average=False)(x), rtol=1e-5, atol=1e-6)
