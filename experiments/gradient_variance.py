@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -155,6 +155,31 @@ def measure(model: nn.Module, batch: Batch, variables: PyTree[Array]) -> Varianc
     An example's weight gradient is the outer product of what enters the layer and of delta, so that
     the mean square of its elements is the product of their mean squares.
     """
+    passed = pass_through(model, batch, variables)
+
+    def squares(values: list[Array]) -> Float[Array, "layers examples"]:
+        return jnp.stack([jnp.mean(value**2, axis=-1) for value in values])
+
+    gradient = squares(passed.gradients)
+    return Variances(squares(passed.signals), gradient, squares(passed.entering) * gradient)
+
+
+class Passed(NamedTuple):
+    """What passed through the dense layers of a network, from input to logits: arrays of examples by units.
+
+    Attributes:
+        entering: their inputs.
+        signals: their outputs, `z_l`.
+        gradients: of the sum of the examples' losses by those outputs, `delta_l`.
+    """
+
+    entering: list[Array]
+    signals: list[Array]
+    gradients: list[Array]
+
+
+def pass_through(model: nn.Module, batch: Batch, variables: PyTree[Array]) -> Passed:
+    """Runs a batch forward and backward in training mode."""
 
     def total_loss(added: list[Array]) -> tuple[Array, tuple[list[Array], list[Array]]]:
         entering: list[Array] = []
@@ -174,13 +199,8 @@ def measure(model: nn.Module, batch: Batch, variables: PyTree[Array]) -> Varianc
         return jnp.sum(losses), (entering, signals)
 
     zeros = [jnp.zeros((len(batch.labels), layer["bias"].size)) for layer in dense_layers(variables["params"])]
-    deltas, (entering, signals) = jax.grad(total_loss, has_aux=True)(zeros)
-
-    def squares(values: list[Array]) -> Float[Array, "layers examples"]:
-        return jnp.stack([jnp.mean(value**2, axis=-1) for value in values])
-
-    gradient = squares(deltas)
-    return Variances(squares(signals), gradient, squares(entering) * gradient)
+    gradients, (entering, signals) = jax.grad(total_loss, has_aux=True)(zeros)
+    return Passed(entering, signals, gradients)
 
 
 def predict(

@@ -60,7 +60,7 @@ def run(model, config, log):
         (["--reference", "output"], "unknown reference 'output'"),
         (["--model", "resnet21"], "unknown model 'resnet21'; expected one of resnet20"),
         (["--dataset", "imagenet"], "unknown dataset 'imagenet'; expected one of digits"),
-        (["--norm", "layer"], "unknown norm 'layer'; expected one of batch, group, none"),
+        (["--norm", "instance"], "unknown norm 'instance'; expected one of batch, group, layer, none"),
         (["--stem", "big"], "unknown stem 'big'"),
         (["--init", "zeros"], "unknown init 'zeros'"),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),

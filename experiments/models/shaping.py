@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 from dks.base.activation_transform import get_transformed_activations
 
 from anact_jax import ACTIVATIONS, Activation
@@ -20,9 +21,10 @@ def deep_kernel_shaped(name: str, depth: int) -> Activation:
     """
     if name not in _SHAPEABLE:
         raise ValueError(f"Deep Kernel Shaping is to be had for {', '.join(_SHAPEABLE)}, not for {name!r}")
-    shaped: Activation = get_transformed_activations(
-        [name],
-        max_slope_func=lambda slope: slope**depth,  # of a chain; no shortcuts
-        activation_getter=lambda known: ACTIVATIONS[known],
-    )[name]
+    with np.errstate(over="ignore"):  # its derivative of tanh far out, where it is 0
+        shaped: Activation = get_transformed_activations(
+            [name],
+            max_slope_func=lambda slope: slope**depth,  # of a chain; no shortcuts
+            activation_getter=lambda known: ACTIVATIONS[known],
+        )[name]
     return shaped
