@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Shaped
 from anact_jax.activations import Activation
 from anact_jax.factors import Reference, Rule, correction
 from anact_jax.gaussian import gaussian_stats
-from anact_jax.normalize import anact, check_layer
-from anact_jax.statistics import Stats
+from anact_jax.normalize import DEFAULT, anact, check_layer
+from anact_jax.statistics import Stats, canonical_axes
 from anact_jax.tempering import tempered
 
 
@@ -26,7 +26,9 @@ class ANAct(nnx.Module):
     `y = lambda * (f(x) - c)`, the same numbers as `anact_jax.linen.ANAct` with the same options, whose
     docstring describes them. Options that only NNX has:
 
-    - `features`: the sizes of `feature_axes`, which must be known before the first batch.
+    - `features`: the sizes of `feature_axes`, such as the width of the layer before. Without it the state is of shape
+      () until the first training batch, which then shapes it; name it where shapes must not change, as
+      under `nnx.scan`, to restore a checkpoint, or to save `jax.jit` a second trace.
     - `.train()` and `.eval()` of this module, or of one that holds it, set `use_running_average`; `frozen=True`
       withstands them: running statistics are used, and stay as they are, in either mode.
 
@@ -37,16 +39,16 @@ class ANAct(nnx.Module):
     >>> from flax import nnx
     >>> class Net(nnx.Module):
     ...     def __init__(self, rngs):
-    ...         self.hidden, self.act = nnx.Linear(4, 16, rngs=rngs), NSwish()
+    ...         self.hidden, self.act = nnx.Linear(4, 16, rngs=rngs), NSwish(features=16)
     ...         self.out = nnx.Linear(16, 1, rngs=rngs)
     ...     def __call__(self, x):
     ...         return self.out(self.act(self.hidden(x)))
     >>> net = Net(nnx.Rngs(0))
     >>> net.train()
-    >>> net(jax.random.normal(jax.random.key(0), (8, 4))).shape, float(net.act.count[...])
+    >>> net(jax.random.normal(jax.random.key(0), (8, 4))).shape, float(net.act.count[0])
     ((8, 1), 1.0)
     >>> net.eval()
-    >>> net(jax.random.normal(jax.random.key(1), (8, 4))).shape, float(net.act.count[...])
+    >>> net(jax.random.normal(jax.random.key(1), (8, 4))).shape, float(net.act.count[0])
     ((8, 1), 1.0)
     """
 
@@ -54,27 +56,27 @@ class ANAct(nnx.Module):
         self,
         fn: Activation = jax.nn.swish,
         *,
-        rule: Rule = "mean",
-        center: bool = False,
-        reference: Reference = "input",
-        nonlinearity: float | None = None,
+        features: int | Sequence[int] | None = None,
+        rule: Rule = DEFAULT.rule,
+        center: bool = DEFAULT.center,
+        reference: Reference = DEFAULT.reference,
+        nonlinearity: float | None = DEFAULT.nonlinearity,
         momentum: float = 0.9,
-        feature_axes: int | Sequence[int] = (),
-        features: int | Sequence[int] = (),
+        feature_axes: int | Sequence[int] = DEFAULT.feature_axes,
         use_running_average: bool | None = None,
         update: bool | None = None,
         frozen: bool = False,
         axis_name: Hashable | Sequence[Hashable] | None = None,
-        stop_gradient: bool = True,
+        stop_gradient: bool = DEFAULT.stop_gradient,
         learnable: bool = False,
     ) -> None:
         check_layer(fn, rule, reference, momentum, nonlinearity)
         axes = (feature_axes,) if isinstance(feature_axes, int) else tuple(feature_axes)
-        sizes = (features,) if isinstance(features, int) else tuple(features)
-        if len(axes) != len(sizes):
+        sizes = (features,) if isinstance(features, int) else tuple(features or ())
+        if len(axes) != len(sizes) and (features is not None or learnable):
             raise ValueError(
-                f"features must give the size of each of feature_axes {axes}, as in feature_axes=-1, features=64; "
-                f"got {sizes}"
+                f"features must give the size of each of feature_axes {axes}, as in feature_axes=-1, features=64, "
+                f"where it is given or learnable=True; got {features}"
             )
         self.fn = fn
         self.rule: Rule = rule
@@ -121,10 +123,14 @@ class ANAct(nnx.Module):
             )
         update = not self.frozen and (not use_running_average if self.update is None else self.update)
         variables = [getattr(self, field) for field in Stats._fields]
+        running = Stats(*(variable[...] for variable in variables))
+        if not running.count.shape:  # not shaped by a batch yet
+            sizes = tuple(x.shape[axis] for axis in canonical_axes(self.feature_axes, x.ndim))
+            running = Stats(*(jnp.broadcast_to(value, sizes) for value in running))
         y, new = anact(
             self._activation(),
             x,
-            Stats(*(variable[...] for variable in variables)),
+            running,
             rule=self.rule,
             center=self.center,
             reference=self.reference,
@@ -139,7 +145,7 @@ class ANAct(nnx.Module):
         )
         if update:
             for variable, value in zip(variables, new, strict=True):
-                variable[...] = value
+                variable.set_value(value)
         return y
 
     def set_view(self, use_running_average: bool | None = None) -> None:

@@ -1,6 +1,7 @@
 """The normalized activation itself, and one step of it with its running statistics."""
 
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,38 @@ from anact_jax.factors import Reference, Rule, check_options, normalization
 from anact_jax.running import check_momentum, informative, update_stats
 from anact_jax.statistics import Stats, activation_stats, canonical_axes, wide_dtype
 from anact_jax.tempering import check_nonlinearity
+
+
+class Form(NamedTuple):
+    """The options that decide what a normalized activation is, as keyword arguments of the Flax modules.
+
+    >>> import anact_jax.linen
+    >>> act = anact_jax.linen.NSwish(**PUBLISHED._asdict())
+    >>> act.rule, act.center, act.reference
+    ('mean', False, 'input')
+
+    Attributes:
+        rule: see `normalization`.
+        center: see `normalization`.
+        reference: see `normalization`.
+        nonlinearity: normalize `tempered(f, nonlinearity)`; None leaves f as it is.
+        feature_axes: see `activation_stats`.
+        stop_gradient: see `anact`.
+    """
+
+    rule: Rule
+    center: bool
+    reference: Reference
+    nonlinearity: float | None
+    feature_axes: int | Sequence[int]
+    stop_gradient: bool
+
+
+PUBLISHED = Form("mean", False, "input", None, (), True)
+"""The rule of arXiv 2208.13315, uncentered, one factor a layer: the defaults of the pure functions."""
+
+DEFAULT = Form("mean", True, "unit", 0.05, -1, False)
+"""The defaults of the Flax modules, chosen by measurement: docs/results.md, "The default"."""
 
 
 def normalize(
