@@ -107,12 +107,11 @@ class ANAct(nn.Module):
         features = tuple(x.shape[axis] for axis in canonical_axes(self.feature_axes, x.ndim))
         if not self.is_initializing():
             self._check_state(update)
-        fn = self.fn if self.nonlinearity is None else tempered(self.fn, self.nonlinearity)
-        state = self._variables(fn, features)
+        state = self._variables(features)
         alpha = self.param("alpha", nn.initializers.zeros, features) if self.learnable else None
 
         y, new = anact(
-            fn,
+            self.activation,
             x,
             Stats(*(variable.value for variable in state)),
             rule=self.rule,
@@ -133,8 +132,13 @@ class ANAct(nn.Module):
                 variable.value = value
         return y
 
-    def _variables(self, fn: Activation, features: tuple[int, ...]) -> list[nn.Variable[Any]]:
-        prior = functools.cache(lambda: gaussian_stats(fn))
+    @property
+    def activation(self) -> Activation:
+        """What is normalized: `fn`, tempered where `nonlinearity` asks for it."""
+        return self.fn if self.nonlinearity is None else tempered(self.fn, self.nonlinearity)
+
+    def _variables(self, features: tuple[int, ...]) -> list[nn.Variable[Any]]:
+        prior = functools.cache(lambda: gaussian_stats(self.activation))
 
         def initial(field: str) -> Array:
             return jnp.broadcast_to(getattr(prior(), field), features)

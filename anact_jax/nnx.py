@@ -90,7 +90,7 @@ class ANAct(nnx.Module):
         self.frozen = frozen
         self.axis_name = axis_name
         self.stop_gradient = stop_gradient
-        prior = gaussian_stats(self._activation())
+        prior = gaussian_stats(self.activation)
         for field, value in zip(Stats._fields, prior, strict=True):
             setattr(self, field, ActivationStat(jnp.broadcast_to(value, sizes)))
         self.alpha = nnx.Param(jnp.zeros(sizes)) if learnable else None
@@ -128,7 +128,7 @@ class ANAct(nnx.Module):
             sizes = tuple(x.shape[axis] for axis in canonical_axes(self.feature_axes, x.ndim))
             running = Stats(*(jnp.broadcast_to(value, sizes) for value in running))
         y, new = anact(
-            self._activation(),
+            self.activation,
             x,
             running,
             rule=self.rule,
@@ -157,7 +157,9 @@ class ANAct(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
-    def _activation(self) -> Activation:
+    @property
+    def activation(self) -> Activation:
+        """What is normalized: `fn`, tempered where `nonlinearity` asks for it."""
         return self.fn if self.nonlinearity is None else tempered(self.fn, self.nonlinearity)
 
 

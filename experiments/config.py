@@ -123,10 +123,10 @@ class TrainConfig(Recipe):
     """subtract the mean of f(x) before scaling"""
     reference: Annotated[
         str, arg(help=f"output variance is kept relative to that of the input, or to 1: {_one_of(*REFERENCES)}")
-    ] = "unit"  # with "input", the published reference, every residual block may raise the level: it diverges at 0.1
+    ] = ANAct.reference
     nonlinearity: float | None = ANAct.nonlinearity
     """add as much of the identity to the activation as limits how far it bends, by default none"""
-    per_feature: bool = False
+    per_feature: bool = ANAct.feature_axes == -1
     """statistics of their own for each channel, instead of one set for the layer"""
     stop_gradient: bool = ANAct.stop_gradient
     """treat factor and shift as constants under differentiation"""

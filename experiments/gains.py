@@ -16,7 +16,11 @@ from experiments.models import Plain
 
 
 class LayerGains(NamedTuple):
-    """One activation: its gains bare, its normalization (1 and 0 for a plain one), its gains normalized."""
+    """One activation: its gains bare, its normalization (1 and 0 for a plain one), its gains normalized.
+
+    Of an activation with statistics of their own for each channel, means over the channels. Bare is a
+    tempered activation.
+    """
 
     name: str
     bare: Gains
@@ -38,17 +42,20 @@ def layer_gains(
             if isinstance(module, ANAct | Plain) and context.method_name == "__call__":
                 names.append("/".join(module.path))
                 factor, shift = jnp.ones(()), jnp.zeros(())
+                fn, feature_axes = module.fn, ()
                 if isinstance(module, ANAct):
+                    fn, feature_axes = module.activation, module.feature_axes
                     running = Stats(*(module.get_variable(module.collection, field) for field in Stats._fields))
                     factor, shift = normalization(
                         running, rule=module.rule, center=module.center, reference=module.reference
                     )
                     if module.learnable:
                         factor += correction(module.get_variable("params", "alpha"))
-                stats = activation_stats(module.fn, args[0])
+                stats = activation_stats(fn, args[0], feature_axes=feature_axes)
                 forward, backward = gains(stats, shift=shift)
                 normalized = Gains(factor**2 * forward, factor**2 * backward)
-                measured.append((gains(stats), Normalization(factor, shift), normalized))
+                found = (gains(stats), Normalization(factor, shift), normalized)
+                measured.append(jax.tree.map(jnp.mean, found))
             return call(*args, **kwargs)
 
         with nn.intercept_methods(on_call):
@@ -74,4 +81,5 @@ def factor_range(variables: dict[str, Any], options: dict[str, Any]) -> tuple[Ar
     visit(variables["batch_stats"], variables["params"])
     if not factors:
         return None
-    return jnp.min(jnp.stack(factors)), jnp.max(jnp.stack(factors))
+    every = jnp.concatenate([factor.ravel() for factor in factors])
+    return jnp.min(every), jnp.max(every)

@@ -21,7 +21,7 @@ import tyro
 from jaxtyping import Array, Float, PyTree
 from tyro.conf import arg
 
-from anact_jax import ACTIVATIONS, REFERENCES, RULES, Activation, Normalization, Stats, normalization
+from anact_jax import ACTIVATIONS, PUBLISHED, REFERENCES, RULES, Activation, Normalization, Stats, normalization
 from anact_jax.theory import Layer, Variances, plain, propagate
 from experiments.cli import BAD_SETTINGS, FAILED, fail
 from experiments.config import check_not_negative, check_positive
@@ -47,6 +47,8 @@ Result: TypeAlias = dict[int, dict[str, ByLayer]]  # step -> "measured" and "pre
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Trains plain MLPs on the digits and measures what each hidden layer does to variance, on one batch.
+
+    Normalized activations have one factor a layer here, the published form, since that is what theory predicts.
 
     Points in the picture were measured; dashes are what theory predicts from the mean squares of
     the weights, of the input, and of the loss gradient at the logits.
@@ -122,7 +124,7 @@ def study(name: str, config: Config, dataset: Dataset) -> Result:
     normalize = plain if name in ACTIVATIONS else functools.partial(normalization, **options)
     f = ACTIVATIONS.get(name) or ACTIVATIONS[name.removeprefix("n")]
     # Differentiated statistics would carry one example's loss to all others.
-    layers = make_layers(name, "none", stop_gradient=True, **options)
+    layers = make_layers(name, "none", **(PUBLISHED._asdict() | options))
     model = MLP(layers, dataset.classes, config.depth, config.width)
     optimizer = optax.sgd(1.0)  # the training state holds the learning rate
     create = functools.partial(create_state, model, optimizer, dataset.train.shape)
