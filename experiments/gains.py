@@ -1,6 +1,6 @@
 """What the activations of a Linen network do to variance, layer by layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from anact_jax import Gains, Normalization, Stats, activation_stats, gains, normalization
+from anact_jax import Activation, Gains, Normalization, Stats, activation_stats, gains, normalization
 from anact_jax.factors import correction
 from anact_jax.linen import ANAct
 from experiments.models import Plain
@@ -42,7 +42,8 @@ def layer_gains(
             if isinstance(module, ANAct | Plain) and context.method_name == "__call__":
                 names.append("/".join(module.path))
                 factor, shift = jnp.ones(()), jnp.zeros(())
-                fn, feature_axes = module.fn, ()
+                fn: Activation = module.fn
+                feature_axes: int | Sequence[int] = ()
                 if isinstance(module, ANAct):
                     fn, feature_axes = module.activation, module.feature_axes
                     running = Stats(*(module.get_variable(module.collection, field) for field in Stats._fields))

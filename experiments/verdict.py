@@ -1,0 +1,188 @@
+"""What the finished cells of a comparison say of one form: never worse than plain, as wide, as good as the best rival?
+
+See `python experiments/verdict.py --help`.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import tyro
+from jaxtyping import Float
+
+from anact_jax import DEFAULT
+from experiments.cells import Results
+from experiments.cli import BAD_SETTINGS, fail
+from experiments.comparison import Interval, Runs, Side, Table, Variant, arrange
+
+ALLOWED_LOSS = 0.003  # accuracy
+WITHIN = 0.01  # of the best: a learning rate that is usable, a form as good as a rival
+_HEADER = (
+    "| activation | plain | default | difference, 95% | corrected | usable rates | best rival | default - rival |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- |",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Prints the verdict on a form of the normalized activation as tables, from cells that compare.py finished.
+
+    *Difference*: of test accuracies in points, default minus plain, paired by seed, with its 95% interval by
+    Student's t; *corrected* is the interval's half width by Bonferroni for all rows of all tables. *Usable rates*:
+    largest over smallest learning rate within 1 point of the best on the validation split, of plain and
+    of default. *Rivals*: other normalization layers and Deep Kernel Shaping with the same
+    activation, ReLU in He's initialization, SELU; those that were measured.
+    """
+
+    workdir: Path = Path("docs/results/verdict")
+    """folder with results.jsonl"""
+    variant: str = str(
+        Variant(
+            DEFAULT.rule,
+            DEFAULT.center,
+            DEFAULT.reference,
+            DEFAULT.stop_gradient,
+            False,
+            DEFAULT.feature_axes == -1,
+            DEFAULT.nonlinearity,
+            "batch",
+        )
+    )
+    """the form, as compare.py writes it"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One activation in one network: plain, normalized, and what else was tried there."""
+
+    network: str
+    activation: str
+    plain: Runs
+    default: Runs
+    rivals: dict[str, Runs]
+
+    @property
+    def difference(self) -> Interval:
+        """Default minus plain, paired by seed."""
+        return self.default.against(self.plain)
+
+    @property
+    def best_rival(self) -> str | None:
+        """The rival with the highest mean accuracy."""
+        return max(self.rivals, key=lambda name: self.rivals[name].accuracy().mean, default=None)
+
+
+def main() -> int:
+    """Runs the program and returns its exit status."""
+    config = tyro.cli(Config)
+    path = config.workdir / "results.jsonl"
+    try:
+        variant = Variant.parse(config.variant)
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; experiments/compare.py --workdir {config.workdir} makes it")
+        rows = rows_of(Results(path), variant)
+    except (ValueError, OSError) as error:
+        return fail(str(error), BAD_SETTINGS)
+    print(report(rows))
+    return 0
+
+
+def rows_of(results: Results, variant: Variant) -> list[Row]:
+    """Every network and activation in which both plain and this form are finished."""
+    rows = []
+    for place, table in arrange(results).items():
+        for side, column in table.items():
+            if side.variant == variant:
+                for activation in sorted(column.keys() & table.get(side.plain, {}).keys()):
+                    plain = table[side.plain][activation]
+                    network = place.model + ("" if side.norm == "none" else f", {side.norm}")
+                    rivals = _rivals(table, side, activation)
+                    rows.append(Row(network, activation, plain, column[activation], rivals))
+    return rows
+
+
+def _rivals(table: Table, side: Side, activation: str) -> dict[str, Runs]:
+    found: dict[str, Runs] = {}
+    for other, column in table.items():
+        if other.variant is None and (other.norm != "none" or other.shaped) and side.norm == "none":
+            name = "DKS" if other.shaped else {"batch": "BatchNorm", "layer": "LayerNorm"}.get(other.norm, other.norm)
+            found |= {name: column[activation]} if activation in column else {}
+        if other.variant is None and other.norm == side.norm and other.init == "he" and "relu" in column:
+            found["ReLU, He"] = column["relu"]
+    selu = table.get(side.plain, {}).get("selu")
+    return found | ({"SELU": selu} if selu is not None else {})
+
+
+def usable_range(runs: Runs) -> float:
+    """Largest over smallest learning rate within `WITHIN` of the best on the validation split; 0 if none learns."""
+    means = {rate: float(np.mean(values)) for rate, values in runs.by_rate.items()}
+    best = max(means.values())
+    good = [rate for rate, mean in means.items() if mean >= best - WITHIN]
+    return max(good) / min(good) if best > 2 * min(0.1, *means.values()) else 0.0
+
+
+def half_width(interval: Interval, runs: int, comparisons: int) -> float:
+    """Of the interval corrected by Bonferroni for the number of comparisons."""
+    t = scipy.stats.t.ppf([1 - 0.025 / comparisons, 0.975], runs - 1)
+    return float(interval.half_width * t[0] / t[1])
+
+
+def report(rows: list[Row]) -> str:
+    """Tables, one for each network, and what they come to."""
+    parts = []
+    for network in dict.fromkeys(row.network for row in rows):
+        lines = [_line(row, len(rows)) for row in rows if row.network == network]
+        parts.append("\n".join([f"**{network}**", "", *_HEADER, *lines]))
+    return "\n\n".join([*parts, _sum(rows)])
+
+
+def _line(row: Row, comparisons: int) -> str:
+    difference, rival = row.difference, row.best_rival
+    corrected = half_width(difference, len(row.default.verdict), comparisons)
+    against = "" if rival is None else f"{_signed(row.default.against(row.rivals[rival]))}"
+    cells = [
+        row.activation,
+        f"{row.plain.accuracy()} at {row.plain.rate:g}",
+        f"{row.default.accuracy()} at {row.default.rate:g}",
+        _signed(difference),
+        f"± {100 * corrected:.1f}",
+        " / ".join(_ratio(usable_range(runs)) for runs in (row.plain, row.default)),
+        "" if rival is None else f"{rival} {row.rivals[rival].accuracy()}",
+        against,
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _signed(interval: Interval) -> str:
+    return f"{'+' if interval.mean > 0 else ''}{interval}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.0f}" if value else "none learns"
+
+
+def _sum(rows: list[Row]) -> str:
+    differences = [row.difference for row in rows]
+    means: Float[np.ndarray, " rows"] = np.array([difference.mean for difference in differences])
+    low = np.array([difference.mean - difference.half_width for difference in differences])
+    against = [row.default.against(row.rivals[row.best_rival]).mean for row in rows if row.best_rival is not None]
+    wide = sum(usable_range(row.default) >= usable_range(row.plain) for row in rows)
+    shown_worse = sum(
+        d.mean + half_width(d, len(r.default.verdict), len(rows)) < 0 for d, r in zip(differences, rows, strict=True)
+    )
+    level, near = sum(means > -ALLOWED_LOSS), sum(np.array(against) >= -WITHIN)
+    return "\n".join(
+        [
+            f"- {len(rows)} rows. Mean difference from plain above -0.3 points in {level}, the whole 95% interval above it "
+            f"in {sum(low > -ALLOWED_LOSS)}; worse than plain after correction in {shown_worse}.",
+            f"- Better than plain by 1 point or more in {sum(means >= WITHIN)}.",
+            f"- Usable range of learning rates at least as wide as plain's in {wide}.",
+            f"- Within 1 point of the best rival in {near} of {len(against)} rows with rivals.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
