@@ -1,4 +1,4 @@
-"""What the finished cells of a comparison say of one form: never worse than plain, as wide, as good as the best rival?
+"""The default form: what was tried to choose it, and whether the verdict's cells bear it out.
 
 See `python experiments/verdict.py --help`.
 """
@@ -36,8 +36,10 @@ class Config:
     activation, ReLU in He's initialization, SELU; those that were measured.
     """
 
+    choice: Path = Path("docs/results/choice")
+    """folder with results.jsonl of the forms that were tried"""
     workdir: Path = Path("docs/results/verdict")
-    """folder with results.jsonl"""
+    """folder with results.jsonl of the verdict"""
     variant: str = str(
         Variant(
             DEFAULT.rule,
@@ -77,16 +79,35 @@ class Row:
 def main() -> int:
     """Runs the program and returns its exit status."""
     config = tyro.cli(Config)
-    path = config.workdir / "results.jsonl"
     try:
         variant = Variant.parse(config.variant)
-        if not path.exists():
-            raise ValueError(f"{path} does not exist; experiments/compare.py --workdir {config.workdir} makes it")
-        rows = rows_of(Results(path), variant)
+        choice, verdict = (_results_in(folder) for folder in (config.choice, config.workdir))
     except (ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
-    print(report(rows))
+    print(forms_table(choice), report(rows_of(verdict, variant)), sep="\n\n")
     return 0
+
+
+def _results_in(folder: Path) -> Results:
+    path = folder / "results.jsonl"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; experiments/compare.py --workdir {folder} makes it")
+    return Results(path)
+
+
+def forms_table(results: Results) -> str:
+    """Test accuracy of every form that was tried, a row each, in every network, a column each."""
+    columns: dict[str, dict[str, str]] = {}
+    for place, table in arrange(results).items():
+        for side, column in table.items():
+            for activation, runs in column.items():
+                network = f"{place.model}, {activation}" + ("" if side.norm == "none" else f", {side.norm}")
+                form = "plain" if side.variant is None else str(side.variant)
+                columns.setdefault(network, {})[form] = f"{runs.accuracy()} at {runs.rate:g}"
+    forms = sorted({form for column in columns.values() for form in column}, key=lambda form: (len(form), form))
+    lines = ["| form | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    lines += [f"| {form} | " + " | ".join(column.get(form, "") for column in columns.values()) + " |" for form in forms]
+    return "\n".join(lines)
 
 
 def rows_of(results: Results, variant: Variant) -> list[Row]:
@@ -175,8 +196,8 @@ def _sum(rows: list[Row]) -> str:
     level, near = sum(means > -ALLOWED_LOSS), sum(np.array(against) >= -WITHIN)
     return "\n".join(
         [
-            f"- {len(rows)} rows. Mean difference from plain above -0.3 points in {level}, the whole 95% interval above it "
-            f"in {sum(low > -ALLOWED_LOSS)}; worse than plain after correction in {shown_worse}.",
+            f"- {len(rows)} rows. Mean difference from plain above -0.3 points in {level}, the whole 95% interval "
+            f"above it in {sum(low > -ALLOWED_LOSS)}; worse than plain after correction in {shown_worse}.",
             f"- Better than plain by 1 point or more in {sum(means >= WITHIN)}.",
             f"- Usable range of learning rates at least as wide as plain's in {wide}.",
             f"- Within 1 point of the best rival in {near} of {len(against)} rows with rivals.",
