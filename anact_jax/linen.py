@@ -113,7 +113,7 @@ class ANAct(nn.Module):
         y, new = anact(
             self.activation,
             x,
-            Stats(*(variable.value for variable in state)),
+            Stats(*(jnp.asarray(variable.value) for variable in state)),
             rule=self.rule,
             center=self.center,
             reference=self.reference,

@@ -123,7 +123,7 @@ class ANAct(nnx.Module):
             )
         update = not self.frozen and (not use_running_average if self.update is None else self.update)
         variables = [getattr(self, field) for field in Stats._fields]
-        running = Stats(*(variable[...] for variable in variables))
+        running = Stats(*(jnp.asarray(variable[...]) for variable in variables))
         if not running.count.shape:  # not shaped by a batch yet
             sizes = tuple(x.shape[axis] for axis in canonical_axes(self.feature_axes, x.ndim))
             running = Stats(*(jnp.broadcast_to(value, sizes) for value in running))

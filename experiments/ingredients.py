@@ -180,7 +180,7 @@ def draw(results: dict[str, dict[str, Float[np.ndarray, " points"]]], output: Pa
         panel.set_title(title, fontsize="medium")
         panel.set_xlabel("layer $l$" if name in ("similarity", "gradient") else "time, as a part of training")
         panel.grid(alpha=0.3)
-        if name in ("gradient", "weights"):
+        if name == "gradient":
             panel.set_yscale("log")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")

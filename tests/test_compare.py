@@ -177,9 +177,10 @@ def test_table_has_plain_beside_normalized(tmp_path):
                 results.add(choice, outcome(0.5))
     ((place, table),) = arrange(results).items()
     assert (place.dataset, place.model) == ("digits", "resnet20")
-    assert list(table)[:2] == [Side("none", "lecun", None), Side("none", "lecun", Variant.parse("mean+unit"))]
+    default = "mean+center+unit+diff+feature+nu0.05"
+    assert list(table)[:2] == [Side("none", "lecun", None), Side("none", "lecun", Variant.parse(default))]
     assert markdown_table(table).splitlines() == [
-        "| activation | plain | normalized, mean+unit | plain, BatchNorm |",
+        f"| activation | plain | normalized, {default} | plain, BatchNorm |",
         "| --- | --- | --- | --- |",
         "| relu | 11.0 ± 2.5 at 0.1, 3 diverged |  |  |",
         "| swish | 51.0 ± 2.5 at 0.1 | 71.0 ± 2.5 (**+20.0 ± 0.0**) at 0.1 | 81.0 ± 2.5 at 0.1 |",

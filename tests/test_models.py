@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anact_jax import gaussian_stats
+from anact_jax import DEFAULT, PUBLISHED, activation_stats, gaussian_stats, tempered
 from anact_jax.linen import ANAct
 from experiments.config import TrainConfig
 from experiments.data import load
@@ -105,7 +105,8 @@ def test_unknown_activation_is_refused():
 
 
 def test_layer_gains_lists_every_activation_in_order_of_execution():
-    model = MLP(make_layers("nrelu", "none", center=True), classes=3, depth=12, width=256)
+    form = PUBLISHED._replace(center=True)
+    model = MLP(make_layers("nrelu", "none", **form._asdict()), classes=3, depth=12, width=256)
     x = jax.random.normal(jax.random.key(1), (256, 4, 4, 1))
     variables = model.init(jax.random.key(0), x, train=False)
     _, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -121,6 +122,18 @@ def test_layer_gains_lists_every_activation_in_order_of_execution():
     low, high = factor_range(variables | updates, {"center": True})
     factors = [float(layer.normalization.factor) for layer in layers]
     np.testing.assert_allclose((low, high), (min(factors), max(factors)), rtol=1e-5)
+
+
+def test_layer_gains_of_channels_are_their_means():
+    model = MLP(make_layers("nrelu", "none"), classes=3, depth=2, width=16)
+    x = jax.random.normal(jax.random.key(1), (64, 4, 4, 1))
+    variables = model.init(jax.random.key(0), x, train=False)
+    (first, _) = layer_gains(model, variables, np.asarray(x))
+    dense = variables["params"]["Dense_0"]
+    z = x.reshape(64, 16) @ dense["kernel"] + dense["bias"][None]
+    stats = activation_stats(tempered(jax.nn.relu, DEFAULT.nonlinearity), z, feature_axes=-1)
+    np.testing.assert_allclose(first.bare.backward, stats.slope_sq.mean(), rtol=1e-5)
+    assert np.shape(first.normalization.factor) == ()
 
 
 def test_layer_gains_of_plain_activations():
@@ -178,7 +191,7 @@ def test_a_stem_that_a_network_lacks_is_refused():
 
 
 def test_shown_factors_include_the_learned_correction():
-    model = MLP(make_layers("nrelu", "none", learnable=True), classes=3, depth=2, width=16)
+    model = MLP(make_layers("nrelu", "none", learnable=True, **PUBLISHED._asdict()), classes=3, depth=2, width=16)
     x = np.random.default_rng(0).standard_normal((8, 4, 4, 1)).astype(np.float32)
     variables = model.init(jax.random.key(0), jnp.asarray(x), train=False)
     before = [float(layer.normalization.factor) for layer in layer_gains(model, variables, x)]
@@ -203,7 +216,7 @@ def test_statistics_can_lag_or_stay_fixed():
     x = 3 + jax.random.normal(jax.random.key(0), (8, 16))
 
     def after_two_steps(tracking):
-        layer = activation_layer("nrelu", tracking=tracking, center=True)(False)
+        layer = activation_layer("nrelu", tracking=tracking, feature_axes=())(False)
         variables = layer.init(jax.random.key(1), x)
         outputs = []
         for _ in range(2):

@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from experiments.cells import Results
-from experiments.comparison import arrange, markdown_table
+from experiments.comparison import Variant, arrange, markdown_table
+from experiments.verdict import Config, forms_table, report, rows_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -44,3 +45,9 @@ def test_tables_of_results_are_those_of_the_finished_cells(study):
     assert tables
     for place, table in tables.items():
         assert markdown_table(table) in text, place
+
+
+def test_tables_of_the_default_are_those_of_the_finished_cells():
+    text, folder = (ROOT / "docs" / "results.md").read_text(), ROOT / "docs" / "results"
+    assert forms_table(Results(folder / "choice" / "results.jsonl")) in text
+    assert report(rows_of(Results(folder / "verdict" / "results.jsonl"), Variant.parse(Config().variant))) in text

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anact_jax import ACTIVATIONS, activation_stats, gaussian_stats, nonlinearity, tempered
+from anact_jax import ACTIVATIONS, PUBLISHED, activation_stats, gaussian_stats, nonlinearity, tempered
 from anact_jax.linen import ANAct, NSwish
 
 
@@ -62,7 +62,8 @@ def test_traced_parameters_of_f_are_fine():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_module_normalizes_the_tempered_activation(dtype):
     x = jax.random.normal(jax.random.key(0), (256, 8), dtype)
-    act = NSwish(nonlinearity=0.1, rule="forward", center=True, use_running_average=False)
+    form = PUBLISHED._replace(nonlinearity=0.1, rule="forward", center=True)
+    act = NSwish(**form._asdict(), use_running_average=False)
     variables = act.init(jax.random.key(1), x)
     prior = gaussian_stats(tempered(jax.nn.swish, 0.1))
     np.testing.assert_allclose(variables["batch_stats"]["slope_sq"], prior.slope_sq, rtol=1e-6)

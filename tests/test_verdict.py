@@ -1,0 +1,82 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import verdict
+from experiments.cells import Cell, Results
+from experiments.comparison import Runs, Variant
+from experiments.config import TrainConfig
+from experiments.verdict import Config, forms_table, half_width, report, rows_of, usable_range
+
+FORM = Variant.parse(Config().variant)
+
+
+def runs(by_rate):
+    return Runs(by_rate={rate: [accuracy] for rate, accuracy in by_rate.items()}, rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("by_rate", "expected"),
+    [
+        ({0.01: 0.80, 0.1: 0.81, 1.0: 0.5}, 10),
+        ({0.01: 0.795, 0.1: 0.81, 1.0: 0.805}, 10),
+        ({0.01: 0.7, 0.1: 0.81, 1.0: 0.7}, 1),
+        ({0.01: 0.1, 0.1: 0.11, 1.0: 0.1}, 0),
+    ],
+)
+def test_usable_range(by_rate, expected):
+    np.testing.assert_allclose(usable_range(runs(by_rate)), expected)
+
+
+def add(results, activation, accuracies, norm="none", **settings):
+    config = TrainConfig(activation=activation, norm=norm, model="mlp10", learning_rate=0.1, **settings)
+    empty = {"curve": [], "diverged": False, "seconds": 1.0}
+    results.add(Cell(dataclasses.replace(config, seed=9), False), empty | {"validation_accuracy": 0.5})
+    for seed, accuracy in enumerate(accuracies):
+        results.add(Cell(dataclasses.replace(config, seed=seed), True), empty | {"test_accuracy": accuracy})
+
+
+def test_rows_pair_plain_with_the_form_and_find_rivals(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    add(results, "swish", [0.5, 0.6, 0.7])
+    add(results, "nswish", [0.6, 0.7, 0.8])  # the default form
+    add(results, "nswish", [0.9, 0.9, 0.9], rule="forward")  # another one
+    add(results, "dswish", [0.7, 0.8, 0.9])
+    add(results, "swish", [0.6, 0.6, 0.6], norm="batch")
+    add(results, "selu", [0.1, 0.1, 0.1])
+    (row,) = rows_of(results, FORM)
+    assert (row.network, row.activation, row.best_rival) == ("mlp10", "swish", "DKS")
+    assert set(row.rivals) == {"DKS", "BatchNorm", "SELU"}
+    np.testing.assert_allclose(row.difference, (0.1, 0), atol=1e-9)
+    text = report([row])
+    assert "| swish | 60.0 ± 24.8 at 0.1 | 70.0 ± 24.8 at 0.1 | +10.0 ± 0.0 | ± 0.0 | 1 / 1 | DKS 80.0" in text
+    assert "Better than plain by 1 point or more in 1." in text
+    assert "Within 1 point of the best rival in 0 of 1" in text
+
+
+def test_forms_stand_in_rows_and_networks_in_columns(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    add(results, "swish", [0.5, 0.5])
+    add(results, "nswish", [0.6, 0.6], rule="forward")
+    add(results, "swish", [0.7, 0.7], norm="batch")
+    assert forms_table(results).splitlines() == [
+        "| form | mlp10, swish | mlp10, swish, batch |",
+        "| --- | --- | --- |",
+        "| plain | 50.0 ± 0.0 at 0.1 | 70.0 ± 0.0 at 0.1 |",
+        "| forward+center+unit+diff+feature+nu0.05 | 60.0 ± 0.0 at 0.1 |  |",
+    ]
+
+
+def test_correction_for_one_comparison_is_none():
+    row = runs({0.1: 0.5})
+    row.verdict = {seed: {"test_accuracy": accuracy} for seed, accuracy in enumerate([0.1, 0.2, 0.4])}
+    interval = row.accuracy()
+    np.testing.assert_allclose(half_width(interval, 3, 1), interval.half_width)
+    assert half_width(interval, 3, 10) > 3 * interval.half_width
+
+
+def test_a_missing_folder_is_named(run_main, tmp_path):
+    status, output = run_main(verdict, "--choice", str(tmp_path))
+    assert status == 2
+    assert "results.jsonl does not exist; experiments/compare.py --workdir" in output.err
