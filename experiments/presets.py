@@ -42,10 +42,18 @@ PRESETS = {
         time="about a minute with compilation",
     ),
     "fashion_mnist": Preset(
-        TrainConfig(dataset="fashion_mnist", train_images=10_000, pool=2, epochs=5, batch_size=128, learning_rate=0.1),
-        score="measured: 0.822, 0.817, 0.819 (seeds 0, 1, 2), on 10,000 of the training images at half resolution",
-        hardware="two CPU cores",
-        time="195 seconds each, beside other work",
+        TrainConfig(
+            dataset="fashion_mnist",
+            train_images=10_000,
+            pool=2,
+            epochs=5,
+            batch_size=128,
+            learning_rate=0.1,
+            nonlinearity=None,  # tempering costs 2 points here: docs/results.md
+        ),
+        score="measured: 0.822, 0.825, 0.829 (seeds 0, 1, 2), on 10,000 of the training images at half resolution",
+        hardware="one CPU core",
+        time="three minutes each",
     ),
     "resnet18_cifar100": Preset(
         _CIFAR100,

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import convergence
+from experiments.comparison import Variant
 from experiments.config import TrainConfig
 from experiments.convergence import Point, distance_from_one, rank_correlation
 from experiments.data import load
@@ -38,7 +39,7 @@ def test_distance_is_that_of_he_for_relu():
     assert abs(distance_from_one(network, digits) - 2 * np.log(2)) < 0.35
     scaled = dataclasses.replace(network, activation_scale=2**0.5)
     assert distance_from_one(scaled, digits) < 0.35
-    exact = TrainConfig(model="mlp10", norm="none", activation="ntanh", rule="exact", reference="input")
+    exact = TrainConfig(model="mlp10", norm="none", activation="ntanh", **Variant.parse("exact")._asdict())
     assert distance_from_one(exact, digits) < 1e-3
     assert distance_from_one(dataclasses.replace(exact, activation_scale=2.0), digits) == pytest.approx(
         2 * np.log(4), rel=1e-3
