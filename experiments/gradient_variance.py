@@ -196,7 +196,7 @@ def pass_through(model: nn.Module, batch: Batch, variables: PyTree[Array]) -> Pa
             return output
 
         with nn.intercept_methods(on_call):
-            logits, _ = model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
+            logits, _ = model.apply(variables, jnp.asarray(batch.images), train=True, mutable=["batch_stats"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         return jnp.sum(losses), (entering, signals)
 
