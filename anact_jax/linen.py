@@ -135,7 +135,7 @@ class ANAct(nn.Module):
     @property
     def activation(self) -> Activation:
         """What is normalized: `fn`, tempered where `nonlinearity` asks for it."""
-        return self.fn if self.nonlinearity is None else tempered(self.fn, self.nonlinearity)
+        return tempered(self.fn, self.nonlinearity)
 
     def _variables(self, features: tuple[int, ...]) -> list[nn.Variable[Any]]:
         prior = functools.cache(lambda: gaussian_stats(self.activation))

@@ -160,7 +160,7 @@ class ANAct(nnx.Module):
     @property
     def activation(self) -> Activation:
         """What is normalized: `fn`, tempered where `nonlinearity` asks for it."""
-        return self.fn if self.nonlinearity is None else tempered(self.fn, self.nonlinearity)
+        return tempered(self.fn, self.nonlinearity)
 
 
 class NReLU(ANAct):

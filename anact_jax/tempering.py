@@ -29,7 +29,7 @@ def nonlinearity(f: Activation) -> Float[Array, ""]:
     return jnp.where(stats.var_out > 0, jnp.maximum(stats.slope_sq / stats.var_out - 1, 0), jnp.inf)
 
 
-def tempered(f: Activation, limit: float) -> Activation:
+def tempered(f: Activation, limit: float | None) -> Activation:
     """`x -> f(x) + kappa x`, with kappa such that its `nonlinearity` is at most `limit`.
 
     With e = E[f'], rho = Var[f] and rho' = E[f'^2] for x ~ N(0, 1), by Stein's lemma (Cov[f(x), x] = e),
@@ -42,7 +42,7 @@ def tempered(f: Activation, limit: float) -> Activation:
 
     Args:
         f: any elementwise JAX function. kappa is computed where this is called, under `jit` when it is traced.
-        limit: largest nonlinearity, > 0.
+        limit: largest nonlinearity, > 0; None leaves f as it is.
 
     Returns:
         An elementwise function. A constant f stays as it is: no kappa would leave anything of it.
@@ -54,6 +54,8 @@ def tempered(f: Activation, limit: float) -> Activation:
     >>> print(f"{nonlinearity(leaky):.3f} {leaky(-1.0):.3f} {leaky(1.0):.3f}")
     0.100 -0.725 1.725
     """
+    if limit is None:
+        return f
     check_nonlinearity(limit)
     with jax.ensure_compile_time_eval():
         kappa = _leak(f, limit)

@@ -74,3 +74,7 @@ def test_module_normalizes_the_tempered_activation(dtype):
     expected = (z - z.mean()) / z.std() * x.astype(jnp.float32).std()
     assert y.dtype == dtype
     np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.03 if dtype == jnp.bfloat16 else 1e-4)
+
+
+def test_no_limit_leaves_the_function_alone():
+    assert tempered(jax.nn.relu, None) is jax.nn.relu
