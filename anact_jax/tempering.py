@@ -1,5 +1,8 @@
 """How far an activation is from linear, and how to bring it nearer."""
 
+import functools
+from collections.abc import Hashable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -41,7 +44,8 @@ def tempered(f: Activation, limit: float | None) -> Activation:
     al., arXiv 2110.01765) reaches the same end, with zeta = 1.5, by shifting and scaling x and f.
 
     Args:
-        f: any elementwise JAX function. kappa is computed where this is called, under `jit` when it is traced.
+        f: any elementwise JAX function. kappa is computed once for each f, even under `jit`; if f closes over
+            traced values (a learned slope), it is traced with them.
         limit: largest nonlinearity, > 0; None leaves f as it is.
 
     Returns:
@@ -57,8 +61,8 @@ def tempered(f: Activation, limit: float | None) -> Activation:
     if limit is None:
         return f
     check_nonlinearity(limit)
-    with jax.ensure_compile_time_eval():
-        kappa = _leak(f, limit)
+    constant = _constant_leak(f, limit, jnp.result_type(float)) if isinstance(f, Hashable) else None
+    kappa = _leak(f, limit) if constant is None else constant
     return lambda x: f(x) + jnp.asarray(kappa, jnp.result_type(x)) * x
 
 
@@ -68,6 +72,15 @@ def check_nonlinearity(limit: float) -> None:
         raise ValueError(
             f"nonlinearity must be a positive number, or None to leave the activation as it is, got {limit}"
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _constant_leak(f: Activation, limit: float, dtype: jnp.dtype) -> float | None:
+    """The number kappa, computed now even while f is traced under `jit`; None where f depends on traced values."""
+    del dtype  # belongs to the key: under x64 kappa has more digits
+    with jax.ensure_compile_time_eval():
+        kappa = _leak(f, limit)
+    return None if isinstance(kappa, jax.core.Tracer) else float(kappa)
 
 
 def _leak(f: Activation, limit: float) -> Float[Array, ""]:

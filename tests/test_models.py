@@ -170,7 +170,18 @@ def test_wide_resnets_have_the_published_parameters(name, millions):
     assert count / 1e6 == pytest.approx(millions, abs=0.06)
 
 
-DEEP = ("resnet32", "resnet56", "resnet34", "resnet50", "resnet101", "wrn28_10", "vgg16", "mlp30")
+DEEP = (
+    "resnet32",
+    "resnet56",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "wrn28_10",
+    "vgg16",
+    "mlp30",
+    "mlp100",
+    "resmlp100",
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in DEEP else ()) for n in MODELS])

@@ -59,6 +59,28 @@ def test_traced_parameters_of_f_are_fine():
     assert jnp.isfinite(jax.jit(jax.grad(output))(1.0))
 
 
+def test_kappa_is_computed_once_for_each_function_even_under_jit():
+    evaluated = []
+
+    def f(x):
+        evaluated.append(x.shape)
+        return jax.nn.swish(x)
+
+    jax.jit(lambda x: tempered(f, 0.1)(x))(jnp.ones(3))
+    before = len(evaluated)
+    jax.jit(lambda x: tempered(f, 0.1)(x))(jnp.ones(4))
+    assert evaluated[before:] == [(4,)]
+
+
+def test_functions_that_cannot_be_hashed_are_fine():
+    class Scaled(list):
+        def __call__(self, x):
+            return self[0] * jax.nn.relu(x)
+
+    x = jnp.array([-1.0, 2.0])
+    np.testing.assert_allclose(tempered(Scaled([3.0]), 0.1)(x), 3 * tempered(jax.nn.relu, 0.1)(x), rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_module_normalizes_the_tempered_activation(dtype):
     x = jax.random.normal(jax.random.key(0), (256, 8), dtype)
