@@ -42,6 +42,7 @@ class ANAct(nn.Module):
             `use_running_average=True` it measures without using, with False it uses without keeping.
         axis_name: mapped axis (`pmap`, `shard_map`) over which statistics are shared. Not needed
             under `jit`, nor in `init` or inference.
+        axis_index_groups: indices along `axis_name` that share statistics; see `anact_jax.activation_stats`.
         stop_gradient: treat factor and shift as constants under differentiation.
         learnable: add the published bounded correction `0.3 * tanh(alpha)` to the factor, with the
             parameter alpha starting at 0.
@@ -76,6 +77,7 @@ class ANAct(nn.Module):
     use_running_average: bool | None = None
     update: bool | None = None
     axis_name: Hashable | Sequence[Hashable] | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
     stop_gradient: bool = DEFAULT.stop_gradient
     learnable: bool = False
     collection: str = "batch_stats"
@@ -124,6 +126,7 @@ class ANAct(nn.Module):
             update=update and not self.is_initializing(),
             mask=mask,
             axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
             stop_gradient=self.stop_gradient,
             correction=0.0 if alpha is None else correction(alpha),
         )

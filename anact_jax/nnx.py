@@ -67,6 +67,7 @@ class ANAct(nnx.Module):
         update: bool | None = None,
         frozen: bool = False,
         axis_name: Hashable | Sequence[Hashable] | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
         stop_gradient: bool = DEFAULT.stop_gradient,
         learnable: bool = False,
     ) -> None:
@@ -89,6 +90,7 @@ class ANAct(nnx.Module):
         self.update = update
         self.frozen = frozen
         self.axis_name = axis_name
+        self.axis_index_groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))  # no state
         self.stop_gradient = stop_gradient
         prior = gaussian_stats(self.activation)
         for field, value in zip(Stats._fields, prior, strict=True):
@@ -140,6 +142,7 @@ class ANAct(nnx.Module):
             update=update,
             mask=mask,
             axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
             stop_gradient=self.stop_gradient,
             correction=0.0 if self.alpha is None else correction(self.alpha[...]),
         )

@@ -109,6 +109,7 @@ def anact(
     update: bool | None = None,
     mask: Shaped[Array, "..."] | None = None,
     axis_name: Hashable | Sequence[Hashable] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
     stop_gradient: bool = True,
     correction: Float[Array, "*features"] | float = 0.0,
 ) -> tuple[Float[Array, "*shape"], Stats]:
@@ -133,6 +134,7 @@ def anact(
             its own. The four combinations are all valid.
         mask: see `activation_stats`; it decides what is counted, while every element is normalized.
         axis_name: see `activation_stats`.
+        axis_index_groups: see `activation_stats`.
         stop_gradient: treat factor and shift as constants under differentiation; False
             differentiates through the batch's statistics, as BatchNorm does.
         correction: added to the factor, such as the paper's `0.3 * tanh(alpha)`.
@@ -161,7 +163,9 @@ def anact(
         )
     if update or not use_running_average:
         measured = jax.lax.stop_gradient(x) if stop_gradient else x
-        batch = activation_stats(f, measured, feature_axes=axes, mask=mask, axis_name=axis_name)
+        batch = activation_stats(
+            f, measured, feature_axes=axes, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups
+        )
     if use_running_average:
         used = running
     else:

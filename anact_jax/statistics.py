@@ -1,11 +1,13 @@
 """Batch statistics of an activation: the only place that talks across devices."""
 
+import itertools
 import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
@@ -48,6 +50,7 @@ def activation_stats(
     feature_axes: int | Sequence[int] = (),
     mask: Shaped[Array, "..."] | None = None,
     axis_name: Hashable | Sequence[Hashable] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Stats:
     """Moments of x, f(x) and f'(x) over a batch, in float32 or wider.
 
@@ -62,6 +65,8 @@ def activation_stats(
         mask: broadcastable to x; elements where it is zero or False are left out.
         axis_name: mapped axis or axes (of `pmap`, `vmap` or `shard_map`) that share the batch. The
             result is then exact over all of them, each shard weighted by its count.
+        axis_index_groups: indices along `axis_name` that share a batch, as in `jax.lax.psum`: each index in
+            one group. Two groups of four devices: `[[0, 1, 2, 3], [4, 5, 6, 7]]`.
 
     Returns:
         `Stats` of shape `()`, or of x's shape at `feature_axes`. No elements: all zeros. An element
@@ -71,7 +76,7 @@ def activation_stats(
     Raises:
         TypeError: x or f(x) is not real floating point.
         ValueError: f changes the shape, an axis does not exist or comes twice, the mask does not
-            broadcast, or `axis_name` is not bound here.
+            broadcast, `axis_name` is not bound here, or the groups do not hold each of its indices once.
 
     >>> stats = activation_stats(jax.nn.relu, jnp.array([-1.0, 0.0, 1.0, 2.0]))
     >>> [round(float(value), 4) for value in stats]
@@ -90,10 +95,13 @@ def activation_stats(
             )
         mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape).astype(bool)
 
+    if axis_index_groups is not None and axis_name is None:
+        raise ValueError("axis_index_groups divide the shards of a mapped axis; name it by axis_name")
+
     # Only x and the mask are kept for a gradient: everything between is computed again there.
     moments = jax.checkpoint(lambda x: _moments(f, x, mask, axes), prevent_cse=False)
     local = moments(x)
-    return local if axis_name is None else _over_shards(local, axis_name)
+    return local if axis_name is None else _over_shards(local, axis_name, axis_index_groups)
 
 
 def canonical_axes(feature_axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
@@ -167,8 +175,10 @@ def value_and_slope(f: Activation, x: Array) -> tuple[Array, Array]:
     return y.astype(x.dtype), slope.astype(x.dtype)
 
 
-def _over_shards(local: Stats, axis_name: Hashable | Sequence[Hashable]) -> Stats:
-    """Merges the shards' moments, count-weighted, with one collective.
+def _over_shards(
+    local: Stats, axis_name: Hashable | Sequence[Hashable], groups: Sequence[Sequence[int]] | None
+) -> Stats:
+    """Merges the moments of the shards, or of this shard's group, count-weighted, with one collective.
 
     Each shard writes its row into a table of zeros and the tables are summed: a gather whose result
     every shard is known to share (which `shard_map` checks). Having all rows lets the variance
@@ -185,6 +195,16 @@ def _over_shards(local: Stats, axis_name: Hashable | Sequence[Hashable]) -> Stat
         ) from error
     row = jnp.stack(local)
     table = jax.lax.psum(jnp.zeros((shards, *row.shape), row.dtype).at[index].set(row), name)
+    if groups is not None:
+        if sorted(itertools.chain(*groups)) != list(range(shards)):
+            raise ValueError(
+                f"axis_index_groups must hold each index of axis {axis_name!r}, 0 to {shards - 1}, once, got {groups}"
+            )
+        group_of = np.zeros(shards, np.int32)
+        for number, group in enumerate(groups):
+            group_of[list(group)] = number
+        ours = jnp.expand_dims(group_of == jnp.asarray(group_of)[index], range(1, table.ndim))
+        table = jnp.where(ours, table, 0)  # to us, the others' shards are empty
     count, mean_in, var_in, mean_out, var_out, slope_sq = jnp.moveaxis(table, 1, 0)
 
     total = jnp.sum(count, axis=0)

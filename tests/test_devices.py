@@ -8,68 +8,154 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from anact_jax.linen import NSwish
 
-X = 1.0 + jax.random.normal(jax.random.key(0), (64, 5))
-Y = jnp.sin(X.sum(-1, keepdims=True))
+IMAGES = 1.0 + jax.random.normal(jax.random.key(0), (64, 6, 6, 3))
+TARGETS = jnp.sin(IMAGES.sum((1, 2, 3)))[:, None]
+# Every shard of eight examples with its own share of valid ones, the third with none.
+VALID = (np.arange(8) < np.array([8, 1, 0, 3, 2, 8, 7, 4])[:, None]).astype(np.float32).reshape(64)
+MESH = Mesh(np.array(jax.devices()), ("batch",))
+SHARDED, REPLICATED = PartitionSpec("batch"), PartitionSpec()
+no_pmap_warning = pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
 
 
-class Net(nn.Module):
+class ResNet(nn.Module):
+    """Two residual blocks between two activations, every activation normalized over the valid examples."""
+
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x, train):
-        for _ in range(3):
-            x = nn.Dense(8)(x)
-            x = NSwish(axis_name=self.axis_name, use_running_average=not train, center=True, stop_gradient=False)(x)
-        return nn.Dense(1)(x)
+    def __call__(self, x, valid, train):
+        act = functools.partial(NSwish, axis_name=self.axis_name, use_running_average=not train)
+        mask = valid[:, None, None, None]
+        x = act()(nn.Conv(4, (3, 3))(x), mask=mask)
+        for _ in range(2):
+            y = act()(nn.Conv(4, (3, 3))(x), mask=mask)
+            x = x + act()(nn.Conv(4, (3, 3))(y), mask=mask)
+        return nn.Dense(1)(jnp.mean(x, axis=(1, 2)))
 
 
-def step(model, average, variables, x, y):
-    """One step of SGD; `average` takes the mean of the gradients over devices."""
+def step(model, over_shards, combined, variables, images, valid, targets):
+    """One step of SGD; `over_shards` adds up a number, `combined` the gradient of the shards' parts of the loss."""
 
     def loss(params):
-        prediction, updates = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
-        return jnp.mean((prediction - y) ** 2), updates
+        state = {**variables, "params": params}
+        prediction, updates = model.apply(state, images, valid, train=True, mutable=["batch_stats"])
+        errors = jnp.sum((prediction - targets) ** 2, axis=-1)
+        return jnp.sum(errors * valid) / over_shards(jnp.sum(valid)), updates
 
     gradient, updates = jax.grad(loss, has_aux=True)(variables["params"])
-    gradient = average(gradient)
+    gradient = combined(gradient)
     return {"params": jax.tree.map(lambda p, g: p - 0.05 * g, variables["params"], gradient), **updates}
 
 
-def train(one_step, variables, x, y, steps=10):
+def same(value):
+    """For what is whole already."""
+    return value
+
+
+def train(one_step, variables, steps, data):
     for _ in range(steps):
-        variables = one_step(variables, x, y)
+        variables = one_step(variables, *data)
     return variables
 
 
-@pytest.fixture(scope="module")
-def single():
-    variables = Net().init(jax.random.key(1), X, train=True)
-    return variables, train(jax.jit(functools.partial(step, Net(), lambda g: g)), variables, X, Y)
+@pytest.fixture(scope="module", params=[False, True], ids=["all valid", "uneven"])
+def data(request):
+    return IMAGES, jnp.asarray(VALID) if request.param else jnp.ones(64), TARGETS
 
 
-@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
-def test_pmapped_step(single):
-    start, expected = single
-    mean = functools.partial(jax.lax.pmean, axis_name="batch")
-    pmapped = jax.pmap(functools.partial(step, Net("batch"), mean), axis_name="batch")
-    replicated = jax.tree.map(lambda v: jnp.broadcast_to(v[None], (8, *v.shape)), start)
-    result = train(pmapped, replicated, X.reshape(8, 8, 5), Y.reshape(8, 8, 1))
-    for device in (0, 7):
-        on_device = jax.tree.map(lambda v, i=device: v[i], result)
-        chex.assert_trees_all_close(on_device, expected, rtol=1e-5, atol=1e-5)
+@functools.cache
+def start():
+    return ResNet().init(jax.random.key(1), IMAGES[:1], jnp.ones(1), train=True)
 
 
-def test_shard_mapped_step(single):
-    start, expected = single
+def on_one_device(steps, data):
+    return train(jax.jit(functools.partial(step, ResNet(), same, same)), start(), steps, data)
+
+
+def pmapped(steps, data):
+    psum = functools.partial(jax.lax.psum, axis_name="batch")
+    sums = functools.partial(jax.tree.map, psum)
+    one_step = jax.pmap(functools.partial(step, ResNet("batch"), psum, sums), axis_name="batch")
+    replicated = jax.tree.map(lambda v: jnp.broadcast_to(v[None], (8, *v.shape)), start())
+    result = train(one_step, replicated, steps, [value.reshape(8, 8, *value.shape[1:]) for value in data])
+    first, last = (jax.tree.map(lambda v, i=device: v[i], result) for device in (0, 7))
+    chex.assert_trees_all_equal(first["batch_stats"], last["batch_stats"])
+    return last
+
+
+def shard_mapped(steps, data):
     # Inside shard_map the gradient of replicated parameters is already summed over the devices.
-    mapped = jax.shard_map(
-        functools.partial(step, Net("batch"), lambda gradient: jax.tree.map(lambda g: g / 8, gradient)),
-        mesh=Mesh(np.array(jax.devices()), ("batch",)),
-        in_specs=(PartitionSpec(), PartitionSpec("batch"), PartitionSpec("batch")),
-        out_specs=PartitionSpec(),
+    psum = functools.partial(jax.lax.psum, axis_name="batch")
+    one_step = jax.shard_map(
+        functools.partial(step, ResNet("batch"), psum, same),
+        mesh=MESH,
+        in_specs=(REPLICATED, SHARDED, SHARDED, SHARDED),
+        out_specs=REPLICATED,
     )
-    chex.assert_trees_all_close(train(jax.jit(mapped), start, X, Y), expected, rtol=1e-5, atol=1e-5)
+    return train(jax.jit(one_step), start(), steps, data)
+
+
+def sharded(steps, data):
+    data = jax.device_put(data, NamedSharding(MESH, SHARDED))
+    variables = jax.device_put(start(), NamedSharding(MESH, REPLICATED))
+    return train(jax.jit(functools.partial(step, ResNet(), same, same)), variables, steps, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [pmapped, shard_mapped, sharded])
+@no_pmap_warning
+def test_eight_devices_train_as_one(how, data):
+    once, expected_once = how(1, data), on_one_device(1, data)
+    chex.assert_trees_all_close(once["batch_stats"], expected_once["batch_stats"], rtol=1e-6, atol=1e-7)
+    result, expected = how(10, data), on_one_device(10, data)
+    chex.assert_trees_all_close(result["params"], expected["params"], rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(result["batch_stats"], expected["batch_stats"], rtol=1e-5, atol=1e-5)
+
+
+def forward(model, merge, variables, images, valid):
+    _, updates = model.apply(variables, images, valid, train=True, mutable=["batch_stats"])
+    return merge(updates["batch_stats"])
+
+
+def all_reduces(model, merge, out_specs):
+    """Their number in the compiled forward pass of five normalized activations on eight devices."""
+    mapped = jax.shard_map(
+        functools.partial(forward, model, merge),
+        mesh=MESH,
+        in_specs=(REPLICATED, SHARDED, SHARDED),
+        out_specs=out_specs,
+    )
+    return jax.jit(mapped).lower(start(), IMAGES, jnp.ones(64)).compile().as_text().count(" all-reduce(")
+
+
+def test_collectives_one_a_layer_one_a_step_or_none():
+    def mean(state):
+        return jax.lax.pmean(state, "batch")
+
+    def own(state):
+        return jax.tree.map(lambda value: value[None], state)
+
+    assert all_reduces(ResNet("batch"), same, REPLICATED) == 5
+    assert all_reduces(ResNet(), mean, REPLICATED) == 1
+    assert all_reduces(ResNet(), own, SHARDED) == 0
+
+
+def test_shards_of_their_own_average_their_states():
+    """With one collective a step, or one at the end, running statistics are means over the shards."""
+    x = jnp.asarray(np.random.default_rng(0).normal(2.0, 3.0, (4, 16, 5)), jnp.float32)
+    layer = NSwish(use_running_average=False)
+    variables = layer.init(jax.random.key(0), x[0])
+
+    def shard(x):
+        _, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        return updates["batch_stats"], jax.lax.pmean(updates["batch_stats"], "batch")
+
+    own, every_step = jax.vmap(shard, axis_name="batch")(x)
+    at_the_end = jax.tree.map(lambda value: value.mean(0), own)
+    chex.assert_trees_all_close(jax.tree.map(lambda value: value[1], every_step), at_the_end, rtol=1e-6)
+    np.testing.assert_allclose(at_the_end["mean_in"], x.mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(at_the_end["var_in"], x.var(1).mean(0), rtol=1e-5)  # without what lies between them

@@ -175,6 +175,15 @@ def test_unbound_axis_in_training_is_named():
         layer.apply(layer.init(jax.random.key(0), X), X, mutable=["batch_stats"])
 
 
+def test_groups_of_shards():
+    layer = NSwish(use_running_average=False, axis_name="batch", axis_index_groups=[[0, 1], [2, 3]])
+    variables = layer.init(jax.random.key(0), X)
+    x = X.reshape(4, 8, 6)
+    _, updates = jax.vmap(lambda x: layer.apply(variables, x, mutable=["batch_stats"]), axis_name="batch")(x)
+    means = updates["batch_stats"]["mean_in"]
+    np.testing.assert_allclose(means, jnp.repeat(jnp.stack([X[:16].mean(), X[16:].mean()]), 2), rtol=1e-6)
+
+
 def test_mode_is_set_exactly_once_as_for_batchnorm():
     for module in (NSwish, nn.BatchNorm):
         with pytest.raises(ValueError, match="use_running_average"):

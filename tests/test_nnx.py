@@ -324,3 +324,15 @@ def test_mask_leaves_padding_out():
     y = layer(padded, mask=mask)
     chex.assert_trees_all_close(state_of(layer), expected_state([x]), rtol=1e-5)
     np.testing.assert_allclose(y[:16], NSwish(use_running_average=False)(x), rtol=1e-5, atol=1e-6)
+
+
+def test_groups_of_shards():
+    layer = ANAct(features=6, axis_name="batch", axis_index_groups=[[0, 1], [2, 3]])
+    layer.train()
+    x = batches(4)
+    in_groups = nnx.vmap(lambda layer, x: layer(x), in_axes=(nnx.StateAxes({ActivationStat: 0}), 0), axis_name="batch")
+    state = jax.tree.map(lambda value: jnp.broadcast_to(value, (4, *value.shape)), nnx.state(layer))
+    nnx.update(layer, state)
+    in_groups(layer, x)
+    expected = jnp.repeat(jnp.stack([x[:2].mean((0, 1)), x[2:].mean((0, 1))]), 2, axis=0)
+    np.testing.assert_allclose(layer.mean_in[...], expected, rtol=1e-5, atol=1e-6)

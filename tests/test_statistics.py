@@ -194,6 +194,36 @@ def test_shards_equal_the_full_batch(how, feature_axes, offset, rtol):
         chex.assert_trees_all_close(shards, whole, rtol=rtol)
 
 
+GROUPS = ((0, 3, 4, 6), (1, 2, 5, 7))
+
+
+@pytest.mark.parametrize("how", ["pmap", "vmap"])
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+def test_groups_of_shards_share_a_batch(how):
+    x, mask = jnp.asarray(normal((8, 6, 5), 0.5)), jnp.asarray(SHARDED_MASK)
+    x = x.at[1].set(jnp.nan)  # spoils its own group, not the other
+
+    def measure(x, mask):
+        return activation_stats(jax.nn.swish, x, mask=mask, axis_name="batch", axis_index_groups=GROUPS)
+
+    stats = (jax.pmap if how == "pmap" else jax.vmap)(measure, axis_name="batch")(x, mask)
+    good, bad = (jnp.array(group) for group in GROUPS)
+    whole = activation_stats(jax.nn.swish, x[good], mask=mask[good])
+    for shard in GROUPS[0]:
+        chex.assert_trees_all_close(jax.tree.map(lambda v, i=shard: v[i], stats), whole, rtol=1e-6)
+    assert float(stats.count[1]) == 5 * int(mask[bad].sum())
+    assert jnp.isnan(stats.mean_in[bad]).all()
+
+
+@pytest.mark.parametrize("groups", [((0, 1, 2), (3, 4, 5, 6)), ((0, 1, 2, 3), (3, 4, 5, 6, 7)), ()])
+def test_groups_must_hold_each_shard_once(groups):
+    def measure(x):
+        return activation_stats(jax.nn.swish, x, axis_name="batch", axis_index_groups=groups)
+
+    with pytest.raises(ValueError, match="each index of axis 'batch', 0 to 7, once"):
+        jax.vmap(measure, axis_name="batch")(jnp.ones((8, 3)))
+
+
 def test_two_mapped_axes_share_one_batch():
     x = jnp.asarray(normal((2, 3, 10), 5.0))
     measure = functools.partial(activation_stats, jax.nn.relu, axis_name=("a", "b"))
@@ -214,6 +244,7 @@ def test_two_mapped_axes_share_one_batch():
         (lambda x: activation_stats(jax.nn.relu, x, mask=jnp.ones((4,))), ValueError, "does not broadcast"),
         (lambda x: activation_stats(jax.nn.relu, x, mask=jnp.ones((1, 4, 3))), ValueError, "does not broadcast"),
         (lambda x: activation_stats(jax.nn.relu, x, axis_name="bach"), ValueError, "'bach' is not bound here"),
+        (lambda x: activation_stats(jax.nn.relu, x, axis_index_groups=((0,),)), ValueError, "name it by axis_name"),
     ],
 )
 def test_bad_input_is_named(call, error, message):

@@ -1,0 +1,128 @@
+"""Half precision, loss scaling, and double precision."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from anact_jax import ACTIVATIONS, DEFAULT, Stats, anact, gaussian_stats, normalization, tempered
+from anact_jax.linen import NSwish
+
+OPTIONS = {name: value for name, value in DEFAULT._asdict().items() if name != "nonlinearity"}
+
+
+class Net(nn.Module):
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, train):
+        for _ in range(2):
+            x = NSwish(use_running_average=not train)(nn.Dense(16, dtype=self.dtype)(x))
+        return nn.Dense(1, dtype=self.dtype)(x)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_keeps_its_dtype_and_measures_in_float32(name, dtype):
+    f = tempered(ACTIVATIONS[name], DEFAULT.nonlinearity)
+    x = 1.0 + 3.0 * jax.random.normal(jax.random.key(0), (256, 4))
+    prior = jax.tree.map(lambda value: jnp.broadcast_to(value, (4,)), gaussian_stats(f))
+    y, state = anact(f, x.astype(dtype), prior, **OPTIONS)
+    expected, expected_state = anact(f, x, prior, **OPTIONS)
+    assert y.dtype == dtype
+    chex.assert_trees_all_equal_dtypes(state, expected_state)
+    factor, expected_factor = (normalization(s, center=True, reference="unit").factor for s in (state, expected_state))
+    np.testing.assert_allclose(factor, expected_factor, rtol=0.01)
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_training_in_half_precision_keeps_the_state_s_dtype_and_traces_once(dtype):
+    model, x = Net(dtype), jax.random.normal(jax.random.key(0), (32, 8))
+    variables = model.init(jax.random.key(1), x, True)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(variables, x):
+        def loss(params):
+            y, updates = model.apply({**variables, "params": params}, x, True, mutable=["batch_stats"])
+            return jnp.mean(y.astype(jnp.float32) ** 2), updates
+
+        (value, updates), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        return value, {"params": jax.tree.map(lambda p, g: p - 0.05 * g, variables["params"], gradient), **updates}
+
+    chex.clear_trace_counter()
+    losses, before = [], variables
+    for _ in range(5):
+        value, variables = step(variables, x)
+        losses.append(float(value))
+    assert losses[-1] < losses[0]
+    chex.assert_trees_all_equal_dtypes(before, variables)
+
+
+@pytest.mark.parametrize("poison", ["gradient", "input"])
+def test_skipped_steps_of_loss_scaling_do_not_poison_the_state(poison):
+    """A loss scale beyond float16, or an input that is not finite: that step is skipped, the next one is good."""
+    model, x = Net(jnp.float16), jax.random.normal(jax.random.key(0), (32, 8))
+    optimizer = optax.apply_if_finite(optax.sgd(0.05), max_consecutive_errors=5)
+    variables = model.init(jax.random.key(1), x, True)
+    params, stats = variables["params"], variables["batch_stats"]
+    opt_state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, stats, opt_state, x, scale):
+        def loss(params):
+            y, updates = model.apply({"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"])
+            return (jnp.mean(y**2) * scale).astype(jnp.float32), updates["batch_stats"]
+
+        gradient, stats = jax.grad(loss, has_aux=True)(params)
+        unscaled = jax.tree.map(lambda g: g / scale.astype(g.dtype), gradient)
+        updates, opt_state = optimizer.update(unscaled, opt_state, params)
+        return optax.apply_updates(params, updates), stats, opt_state
+
+    good, huge = jnp.float16(8), jnp.float16(jnp.inf)
+    bad = (100 * x, huge) if poison == "gradient" else (x.at[0, 0].set(jnp.nan), good)
+    with jax.numpy_dtype_promotion("standard"):
+        skipped, stats_, opt_state_ = step(params, stats, opt_state, *bad)
+        assert int(opt_state_.total_notfinite) == 1
+        chex.assert_trees_all_equal(skipped, params)
+        chex.assert_tree_all_finite(stats_)
+        if poison == "input":
+            chex.assert_trees_all_equal(stats_, stats)
+        after, stats_, opt_state_ = step(skipped, stats_, opt_state_, x, good)
+    assert int(opt_state_.total_notfinite) == 1
+    chex.assert_tree_all_finite((after, stats_))
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True))
+
+
+def test_double_precision_is_double_throughout():
+    with jax.enable_x64(True):
+        x = 1.0 + 3.0 * jax.random.normal(jax.random.key(0), (1000, 4), jnp.float64)
+        layer = NSwish(use_running_average=False)
+        variables = layer.init(jax.random.key(1), x)
+        y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        chex.assert_trees_all_equal_dtypes(updates["batch_stats"], variables["batch_stats"])
+        state = Stats(**updates["batch_stats"])
+        assert y.dtype == state.mean_in.dtype == jnp.float64
+        z = np.asarray(x) / (1 + np.exp(-np.asarray(x)))
+        kappa = float(layer.activation(jnp.float64(1)) - jax.nn.swish(jnp.float64(1)))
+        z = z + kappa * np.asarray(x)
+        np.testing.assert_allclose(state.var_out, z.var(0), rtol=1e-12)
+        sigmoid = 1 / (1 + np.exp(-np.asarray(x)))
+        slope = sigmoid * (1 + np.asarray(x) * (1 - sigmoid)) + kappa
+        rho, slope_sq = z.var(0) / np.asarray(x).var(0), (slope**2).mean(0)
+        factor = np.sqrt((1 / rho + 1 / slope_sq) / 2) / np.asarray(x).std(0)
+        np.testing.assert_allclose(y, factor * (z - z.mean(0)), rtol=1e-10, atol=1e-12)
+
+
+def test_single_precision_input_stays_single_under_x64():
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (64, 4), jnp.float32)
+        layer = NSwish(use_running_average=False)
+        variables = layer.init(jax.random.key(1), x)
+        y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        assert y.dtype == jnp.float32
+        chex.assert_trees_all_equal_dtypes(updates["batch_stats"], variables["batch_stats"])
