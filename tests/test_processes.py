@@ -1,0 +1,62 @@
+"""Two processes on one machine, against one, over the same eight devices and batches."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from experiments.config import TrainConfig
+from experiments.data.pipeline import Shard, training_batches
+from experiments.network import make_network
+from experiments.steps import make_steps
+
+CONFIG = TrainConfig(model="resnet20", norm="none", train_images=256, batch_size=32, epochs=1, warmup_epochs=0.0)
+
+
+def train(index: int, count: int, port: int, output: Path) -> None:
+    """Eight steps of a ResNet by one of `count` processes; the first one writes the parameters and statistics."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8 // count)
+    if count > 1:
+        jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=index)
+    assert jax.device_count() == 8
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    over_batch, replicated = (NamedSharding(mesh, spec) for spec in (PartitionSpec("batch"), PartitionSpec()))
+
+    dataset = CONFIG.load_data()
+    steps = make_steps(make_network(CONFIG, dataset), CONFIG, dataset)
+    state = jax.jit(steps.create, out_shardings=replicated)(0, 0.05)
+    for part in training_batches(dataset, CONFIG.batch_size, seed=0, epochs=1, shard=Shard(index, count)):
+        batch = jax.tree.map(lambda value: jax.make_array_from_process_local_data(over_batch, value), part)
+        state, _ = steps.train(state, batch)
+    assert int(state.step) == 8
+    if index == 0:
+        leaves = jax.tree_util.tree_leaves_with_path(state.variables)
+        np.savez(output, **{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def run(index, count, name):
+        arguments = map(str, (index, count, port, tmp_path / name))
+        return subprocess.Popen([sys.executable, "-m", "tests.test_processes", *arguments])
+
+    for processes in ([run(0, 2, "two.npz"), run(1, 2, "two.npz")], [run(0, 1, "one.npz")]):
+        assert [process.wait(timeout=500) for process in processes] == [0] * len(processes)
+    one, two = (np.load(tmp_path / name) for name in ("one.npz", "two.npz"))
+    assert sorted(one) == sorted(two)
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+if __name__ == "__main__":
+    train(*map(int, sys.argv[1:4]), Path(sys.argv[4]))
