@@ -101,7 +101,8 @@ def forms_table(results: Results) -> str:
     for place, table in arrange(results).items():
         for side, column in table.items():
             for activation, runs in column.items():
-                network = f"{place.model}, {activation}" + ("" if side.norm == "none" else f", {side.norm}")
+                also = [part for part in (side.norm, place.optimizer) if part not in ("none", "sgd")]
+                network = ", ".join([place.model, activation, f"pool {place.pool}", *also])
                 form = "plain" if side.variant is None else str(side.variant)
                 columns.setdefault(network, {})[form] = f"{runs.accuracy()} at {runs.rate:g}"
     forms = sorted({form for column in columns.values() for form in column}, key=lambda form: (len(form), form))

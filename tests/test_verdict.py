@@ -61,7 +61,7 @@ def test_forms_stand_in_rows_and_networks_in_columns(tmp_path):
     add(results, "nswish", [0.6, 0.6], rule="forward")
     add(results, "swish", [0.7, 0.7], norm="batch")
     assert forms_table(results).splitlines() == [
-        "| form | mlp10, swish | mlp10, swish, batch |",
+        "| form | mlp10, swish, pool 1 | mlp10, swish, pool 1, batch |",
         "| --- | --- | --- |",
         "| plain | 50.0 ± 0.0 at 0.1 | 70.0 ± 0.0 at 0.1 |",
         "| forward+center+unit+diff+feature+nu0.05 | 60.0 ± 0.0 at 0.1 |  |",
