@@ -42,7 +42,7 @@ class Form(NamedTuple):
 PUBLISHED = Form("mean", False, "input", None, (), True)
 """The rule of arXiv 2208.13315, uncentered, one factor a layer: the defaults of the pure functions."""
 
-DEFAULT = Form("mean", True, "unit", 0.05, -1, False)
+DEFAULT = Form("mean", True, "unit", 0.1, -1, False)
 """The defaults of the Flax modules, chosen by measurement: docs/results.md, "The default"."""
 
 

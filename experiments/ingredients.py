@@ -53,8 +53,8 @@ class Config:
         "mean+center+unit",
         "mean+center+unit+diff",
         "mean+center+unit+diff+feature",
-        "mean+center+unit+feature+nu0.05",
-        "mean+center+unit+diff+feature+nu0.05",
+        "mean+center+unit+feature+nu0.1",
+        "mean+center+unit+diff+feature+nu0.1",
     )
     model: Annotated[str, arg(help="one of " + ", ".join(CHAINS))] = "mlp30"
     epochs: int = 45

@@ -177,7 +177,7 @@ def test_table_has_plain_beside_normalized(tmp_path):
                 results.add(choice, outcome(0.5))
     ((place, table),) = arrange(results).items()
     assert (place.dataset, place.model) == ("digits", "resnet20")
-    default = "mean+center+unit+diff+feature+nu0.05"
+    default = "mean+center+unit+diff+feature+nu0.1"
     assert list(table)[:2] == [Side("none", "lecun", None), Side("none", "lecun", Variant.parse(default))]
     assert markdown_table(table).splitlines() == [
         f"| activation | plain | normalized, {default} | plain, BatchNorm |",

@@ -64,7 +64,7 @@ def test_forms_stand_in_rows_and_networks_in_columns(tmp_path):
         "| form | mlp10, swish, pool 1 | mlp10, swish, pool 1, batch |",
         "| --- | --- | --- |",
         "| plain | 50.0 ± 0.0 at 0.1 | 70.0 ± 0.0 at 0.1 |",
-        "| forward+center+unit+diff+feature+nu0.05 | 60.0 ± 0.0 at 0.1 |  |",
+        "| forward+center+unit+diff+feature+nu0.1 | 60.0 ± 0.0 at 0.1 |  |",
     ]
 
 
