@@ -317,7 +317,7 @@ def draw(records: Mapping[Any, Rows], *, over: Over = "depth") -> "Figure":
     Args:
         records: label, such as the training step or the model's name -> rows.
         over: `"depth"` draws numbers over layers, a line for each record; `"training"` draws them over
-            the labels, which must be numbers then, a line for each layer.
+            the labels, which must be numbers then, a line for each layer. Of many lines the legend names some.
 
     Returns:
         A matplotlib figure; `figure.savefig("picture.png")` writes it.
@@ -364,7 +364,7 @@ def draw(records: Mapping[Any, Rows], *, over: Over = "depth") -> "Figure":
             color = mpl.colormaps["viridis"](0.9 * index / max(1, len(lines) - 1))
             panel.plot(places, line, ".-", color=color, label=label if index in shown else None)
         finite = [number for line in values.values() for number in line if np.isfinite(number)]
-        if finite and min(finite) >= 0 < max(finite):
+        if finite and 0 <= 10 * min(finite) < max(finite):  # over decades
             panel.set_yscale("log")
         panel.set(title=field.replace("_", " "), xlabel="layer, from input to output" if over == "depth" else "step")
         panel.grid(alpha=0.3)

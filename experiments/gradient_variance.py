@@ -33,7 +33,7 @@ from anact_jax import (
     normalization,
 )
 from anact_jax.diagnostics import LayerPass
-from anact_jax.theory import Layer, Variances, plain, propagate
+from anact_jax.theory import Layer, Variances, linear, plain, propagate
 from experiments.cli import BAD_SETTINGS, FAILED, fail
 from experiments.config import check_not_negative, check_positive
 from experiments.data import Batch, Dataset, load, training_batches
@@ -200,7 +200,7 @@ def predict(
     for layer in dense_layers(params):
         kernel, bias = layer["kernel"], layer["bias"]
         layers.append(Layer(f, kernel.shape[0], kernel.shape[1], jnp.mean(kernel**2), normalize, jnp.mean(bias**2)))
-    layers[-1] = layers[-1]._replace(f=lambda x: x, normalization=plain)
+    layers[-1] = layers[-1]._replace(f=linear, normalization=plain)
     return propagate(layers, input_sq=input_sq, gradient_sq=gradient_sq)
 
 
