@@ -155,7 +155,7 @@ def distance_from_one(network: TrainConfig, dataset: Dataset) -> float:
     # The first batch replaces the prior in the running statistics, so that inference then uses this batch's own.
     _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
     layers = layer_gains(model, {**variables, **updates}, images)
-    gains = network.activation_scale**2 * np.array([layer.normalized for layer in layers])
+    gains = network.activation_scale**2 * np.array([(layer.forward, layer.backward) for layer in layers])
     return float(np.abs(np.log(np.maximum(gains, np.finfo(np.float32).tiny))).sum(1).mean())
 
 

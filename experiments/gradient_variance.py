@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -21,8 +21,19 @@ import tyro
 from jaxtyping import Array, Float, PyTree
 from tyro.conf import arg
 
-from anact_jax import ACTIVATIONS, PUBLISHED, REFERENCES, RULES, Activation, Normalization, Stats, normalization
-from anact_jax.theory import Layer, Variances, plain, propagate
+from anact_jax import (
+    ACTIVATIONS,
+    PUBLISHED,
+    REFERENCES,
+    RULES,
+    Activation,
+    Normalization,
+    Stats,
+    diagnostics,
+    normalization,
+)
+from anact_jax.diagnostics import LayerPass
+from anact_jax.theory import Layer, Variances, linear, plain, propagate
 from experiments.cli import BAD_SETTINGS, FAILED, fail
 from experiments.config import check_not_negative, check_positive
 from experiments.data import Batch, Dataset, load, training_batches
@@ -159,50 +170,22 @@ def measure(model: nn.Module, batch: Batch, variables: PyTree[Array]) -> Varianc
     """
     passed = pass_through(model, batch, variables)
 
-    def squares(values: list[Array]) -> Float[Array, "layers examples"]:
-        return jnp.stack([jnp.mean(value**2, axis=-1) for value in values])
+    def squares(field: str) -> Float[Array, "layers examples"]:
+        return jnp.stack([jnp.mean(getattr(layer, field) ** 2, axis=-1) for layer in passed])
 
-    gradient = squares(passed.gradients)
-    return Variances(squares(passed.signals), gradient, squares(passed.entering) * gradient)
-
-
-class Passed(NamedTuple):
-    """What passed through the dense layers of a network, from input to logits: arrays of examples by units.
-
-    Attributes:
-        entering: their inputs.
-        signals: their outputs, `z_l`.
-        gradients: of the sum of the examples' losses by those outputs, `delta_l`.
-    """
-
-    entering: list[Array]
-    signals: list[Array]
-    gradients: list[Array]
+    gradient = squares("gradient")
+    return Variances(squares("signal"), gradient, squares("entering") * gradient)
 
 
-def pass_through(model: nn.Module, batch: Batch, variables: PyTree[Array]) -> Passed:
-    """Runs a batch forward and backward in training mode."""
+def pass_through(model: nn.Module, batch: Batch, variables: PyTree[Array]) -> tuple[LayerPass, ...]:
+    """What passes through the dense layers in training mode, forward and backward from the sum of the losses."""
 
-    def total_loss(added: list[Array]) -> tuple[Array, tuple[list[Array], list[Array]]]:
-        entering: list[Array] = []
-        signals: list[Array] = []
-
-        def on_call(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            output = call(*args, **kwargs)
-            if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
-                entering.append(args[0])
-                output += added[len(signals)]
-                signals.append(output)
-            return output
-
-        with nn.intercept_methods(on_call):
-            logits, _ = model.apply(variables, jnp.asarray(batch.images), train=True, mutable=["batch_stats"])
+    def total_loss(variables: PyTree[Array]) -> Array:
+        logits, _ = model.apply(variables, jnp.asarray(batch.images), train=True, mutable=["batch_stats"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return jnp.sum(losses), (entering, signals)
+        return jnp.sum(losses)
 
-    zeros = [jnp.zeros((len(batch.labels), layer["bias"].size)) for layer in dense_layers(variables["params"])]
-    gradients, (entering, signals) = jax.grad(total_loss, has_aux=True)(zeros)
-    return Passed(entering, signals, gradients)
+    return diagnostics.pass_through(total_loss)(variables)
 
 
 def predict(
@@ -217,7 +200,7 @@ def predict(
     for layer in dense_layers(params):
         kernel, bias = layer["kernel"], layer["bias"]
         layers.append(Layer(f, kernel.shape[0], kernel.shape[1], jnp.mean(kernel**2), normalize, jnp.mean(bias**2)))
-    layers[-1] = layers[-1]._replace(f=lambda x: x, normalization=plain)
+    layers[-1] = layers[-1]._replace(f=linear, normalization=plain)
     return propagate(layers, input_sq=input_sq, gradient_sq=gradient_sq)
 
 

@@ -154,10 +154,9 @@ def similarity_and_gradient(
         count = len(signal)
         return (jnp.sum(jnp.sum(unit, axis=0) ** 2) / count - 1) / (count - 1)
 
-    hidden = slice(None, -1)
     return (
-        jnp.stack([cosine(signal) for signal in passed.signals[hidden]]),
-        jnp.stack([jnp.mean(gradient**2) for gradient in passed.gradients[hidden]]),
+        jnp.stack([cosine(layer.signal) for layer in passed[:-1]]),
+        jnp.stack([jnp.mean(layer.gradient**2) for layer in passed[:-1]]),
     )
 
 

@@ -9,10 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 from tensorboardX import SummaryWriter
-
-from experiments.gains import LayerGains
 
 Record: TypeAlias = dict[str, Any]
 
@@ -62,25 +59,4 @@ def draw_learning_curves(workdir: Path) -> None:
             panel.legend()
     panels[0].set_yscale("log")
     figure.savefig(workdir / "learning_curves.png", dpi=120)
-    plt.close(figure)
-
-
-def draw_gains(layers: list[LayerGains], workdir: Path) -> None:
-    """Draws forward gain, backward gain and factor of every activation into `gains.png`."""
-    position = np.arange(1, len(layers) + 1)
-    figure, panels = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    for panel, kind in zip(panels[:2], ("forward", "backward"), strict=True):
-        panel.plot(position, [getattr(layer.bare, kind) for layer in layers], ".--", label="activation alone")
-        panel.plot(
-            position, [getattr(layer.normalized, kind) for layer in layers], ".-", label="as used in the network"
-        )
-        panel.axhline(1, color="black", linewidth=0.8)
-        panel.set(ylabel=f"{kind} gain", yscale="log")
-        panel.legend()
-    panels[2].plot(position, [layer.normalization.factor for layer in layers], ".-")
-    panels[2].set(ylabel="factor")
-    for panel in panels:
-        panel.set(xlabel="activation, in order of execution")
-        panel.grid(alpha=0.3)
-    figure.savefig(workdir / "gains.png", dpi=120)
     plt.close(figure)

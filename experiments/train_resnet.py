@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from anact_jax.diagnostics import draw
 from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
 from experiments.config import TrainConfig
 from experiments.data import DataError, evaluation_batches
@@ -17,7 +18,7 @@ from experiments.loop import DivergenceError, train
 from experiments.models import check_name
 from experiments.network import check_devices, make_network
 from experiments.presets import PRESETS
-from experiments.report import MetricsLog, draw_gains, draw_learning_curves
+from experiments.report import MetricsLog, draw_learning_curves
 from experiments.steps import make_steps
 
 GAIN_IMAGES = 256  # test images on which the gains in the picture are measured
@@ -40,7 +41,8 @@ def main() -> int:
         with MetricsLog(workdir) as log:
             state, accuracy = train(make_steps(model, config, dataset), dataset, config, log)
         images = next(evaluation_batches(dataset, GAIN_IMAGES)).images
-        draw_gains(layer_gains(model, state.variables, images), workdir)
+        picture = draw({"trained": layer_gains(model, state.variables, images)})
+        picture.savefig(workdir / "gains.png", dpi=120)
         outcome = f"test_accuracy={accuracy:.4f} workdir={workdir}"
     except DivergenceError as error:
         status = fail(f"{error}; what was measured is in {workdir}", FAILED)

@@ -113,14 +113,13 @@ def test_layer_gains_lists_every_activation_in_order_of_execution():
     layers = layer_gains(model, variables | updates, np.asarray(x))
     assert [layer.name for layer in layers] == [f"ANAct_{i}" for i in range(12)]
     for layer in layers:
-        factor, shift = layer.normalization
         stats = updates["batch_stats"][layer.name]
-        np.testing.assert_allclose(shift, stats["mean_out"], rtol=1e-5)
+        np.testing.assert_allclose(layer.shift, stats["mean_out"], rtol=1e-5)
         # The rule `mean` makes the inverse gains average to 1 on the batch that it was measured on.
-        np.testing.assert_allclose(np.mean(1 / np.array(layer.normalized)), 1, rtol=1e-4)
-        assert layer.bare.backward * factor**2 == pytest.approx(layer.normalized.backward, rel=1e-5)
+        np.testing.assert_allclose(np.mean([1 / layer.forward, 1 / layer.backward]), 1, rtol=1e-4)
+        assert layer.bare_backward * layer.factor**2 == pytest.approx(layer.backward, rel=1e-5)
     low, high = factor_range(variables | updates, {"center": True})
-    factors = [float(layer.normalization.factor) for layer in layers]
+    factors = [float(layer.factor) for layer in layers]
     np.testing.assert_allclose((low, high), (min(factors), max(factors)), rtol=1e-5)
 
 
@@ -132,8 +131,8 @@ def test_layer_gains_of_channels_are_their_means():
     dense = variables["params"]["Dense_0"]
     z = x.reshape(64, 16) @ dense["kernel"] + dense["bias"][None]
     stats = activation_stats(tempered(jax.nn.relu, DEFAULT.nonlinearity), z, feature_axes=-1)
-    np.testing.assert_allclose(first.bare.backward, stats.slope_sq.mean(), rtol=1e-5)
-    assert np.shape(first.normalization.factor) == ()
+    np.testing.assert_allclose(first.bare_backward, stats.slope_sq.mean(), rtol=1e-5)
+    assert np.shape(first.factor) == ()
 
 
 def test_layer_gains_of_plain_activations():
@@ -142,8 +141,8 @@ def test_layer_gains_of_plain_activations():
     variables = model.init(jax.random.key(0), jnp.asarray(x), train=False)
     layers = layer_gains(model, variables, x)
     assert [layer.name for layer in layers] == ["Plain_0", "Plain_1"]
-    assert layers[0].normalization == (1.0, 0.0)
-    np.testing.assert_allclose(layers[0].bare, (0.5, 0.5), atol=0.03)
+    assert (layers[0].factor, layers[0].shift) == (1.0, 0.0)
+    np.testing.assert_allclose((layers[0].bare_forward, layers[0].bare_backward), (0.5, 0.5), atol=0.03)
     assert factor_range({"batch_stats": {}, "params": {}}, {}) is None
 
 
@@ -205,9 +204,9 @@ def test_shown_factors_include_the_learned_correction():
     model = MLP(make_layers("nrelu", "none", learnable=True, **PUBLISHED._asdict()), classes=3, depth=2, width=16)
     x = np.random.default_rng(0).standard_normal((8, 4, 4, 1)).astype(np.float32)
     variables = model.init(jax.random.key(0), jnp.asarray(x), train=False)
-    before = [float(layer.normalization.factor) for layer in layer_gains(model, variables, x)]
+    before = [float(layer.factor) for layer in layer_gains(model, variables, x)]
     variables["params"]["ANAct_1"]["alpha"] = jnp.float32(100.0)
-    after = [float(layer.normalization.factor) for layer in layer_gains(model, variables, x)]
+    after = [float(layer.factor) for layer in layer_gains(model, variables, x)]
     np.testing.assert_allclose(after, [before[0], before[1] + 0.3], rtol=1e-6)
     np.testing.assert_allclose(factor_range(variables, {}), (min(after), max(after)), rtol=1e-6)
 

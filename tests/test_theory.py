@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anact_jax import ACTIVATIONS, Normalization, anact, gaussian_stats, normalization
-from anact_jax.theory import Layer, Variances, propagate
+from anact_jax import (
+    ACTIVATIONS,
+    Normalization,
+    activation_stats,
+    anact,
+    gaussian_stats,
+    normalization,
+    normalize,
+)
+from anact_jax.theory import Elementwise, Layer, Residual, Variances, linear, propagate
 
 OPTIONS = {
     "plain": None,
@@ -19,6 +28,7 @@ OPTIONS = {
     "exact": {"rule": "exact"},
     "centered": {"center": True},
     "unit": {"reference": "unit"},
+    "unit centered": {"reference": "unit", "center": True},
 }
 FAST = [("relu", "plain"), ("swish", "mean"), ("softplus", "exact")]
 WIDTHS = (300, 640, 512, 768, 512)
@@ -50,37 +60,65 @@ def monte_carlo(variances, weights, output, batch):
     return jax.tree.map(lambda *values: np.mean(values, axis=0), *found)
 
 
-def dense(f, options, scale, x):
-    """Variances by layer and example in chains of `WIDTHS` with weights of variance scale / fan-in, and theory."""
-    pairs = list(itertools.pairwise(WIDTHS))
+def layers_of(elements):
+    """In the order in which they are written."""
+    for element in elements:
+        if isinstance(element, Residual):
+            yield from layers_of((*element.branch, *element.shortcut))
+        elif isinstance(element, Layer):
+            yield element
+
+
+def dense(elements, x):
+    """Variances by layer and example in networks of dense layers, and theory; factors are those of the batch."""
+    layers = list(layers_of(elements))
+
+    def run(elements, a, parts, record):
+        for element in elements:
+            if isinstance(element, Residual):
+                branch = run(element.branch, a, parts, record)
+                a = branch + run(element.shortcut, a, parts, record)
+                continue
+            if isinstance(element, Layer):
+                weight, term = next(parts)
+                entering, a = a, a @ weight + term
+                record.append((entering, a))
+            factor, shift = element.normalization(activation_stats(element.f, jax.lax.stop_gradient(a)))
+            a = normalize(element.f, a, factor, shift)
+        return a
 
     def loss(added, weights, cotangent):
-        a, entering, signals = x, [], []
-        for weight, term in zip(weights, added, strict=True):
-            entering.append(a)
-            signals.append(a @ weight + term)
-            a = activate(f, options, signals[-1])
-        return jnp.sum(a * cotangent), (entering, signals)
+        record = []
+        a = run(elements, x, zip(weights, added, strict=True), record)
+        return jnp.sum(a * cotangent), record
 
     @jax.jit
     def variances(weights, cotangent):
-        zeros = [jnp.zeros((len(x), n)) for n in WIDTHS[1:]]
-        deltas, (entering, signals) = jax.grad(loss, has_aux=True)(zeros, weights, cotangent)
-        signal, gradient, before = (
-            jnp.stack([jnp.mean(v**2, axis=1) for v in values]) for values in (signals, deltas, entering)
+        zeros = [jnp.zeros((len(x), layer.fan_out)) for layer in layers]
+        deltas, record = jax.grad(loss, has_aux=True)(zeros, weights, cotangent)
+        before, signal, gradient = (
+            jnp.stack([jnp.mean(v**2, axis=1) for v in values]) for values in (*zip(*record, strict=True), deltas)
         )
         return Variances(signal, gradient, before * gradient)
 
-    found = monte_carlo(variances, [((n, m), np.sqrt(scale / n)) for n, m in pairs], WIDTHS[-1:], len(x))
-    layers = [layer(f, options, n, m, weight_var=scale / n) for n, m in pairs]
-    return found, propagate(layers, input_sq=jnp.mean(x**2, axis=1))
+    weights = [((layer.fan_in, layer.fan_out), np.sqrt(layer.weight_var)) for layer in layers]
+    found = monte_carlo(variances, weights, (layers[-1].fan_out,), len(x))
+    return found, propagate(elements, input_sq=jnp.mean(x**2, axis=1))
+
+
+def chain(f, options, scale=1.0):
+    """Layers of `WIDTHS` with weights of variance scale / fan-in."""
+    return [layer(f, options, n, m, weight_var=scale / n) for n, m in itertools.pairwise(WIDTHS)]
+
+
+def check_means(found, predicted):
+    for field, values, expected in zip(Variances._fields, found, predicted, strict=True):
+        np.testing.assert_allclose(np.mean(values, 1), np.mean(expected, 1), rtol=0.1, err_msg=field)
 
 
 def check_dense(name, kind):
     x = 1.3 * jax.random.normal(jax.random.key(1), (32, WIDTHS[0]))
-    found, predicted = dense(ACTIVATIONS[name], OPTIONS[kind], 1.5 if kind == "plain" else 1.0, x)
-    for field, values, expected in zip(Variances._fields, found, predicted, strict=True):
-        np.testing.assert_allclose(np.mean(values, 1), np.mean(expected, 1), rtol=0.1, err_msg=field)
+    check_means(*dense(chain(ACTIVATIONS[name], OPTIONS[kind], 1.5 if kind == "plain" else 1.0), x))
 
 
 @pytest.mark.parametrize(("name", "kind"), FAST)
@@ -98,12 +136,56 @@ def test_dense_layers_of_unequal_width_all_activations(name, kind):
 def test_examples_of_unequal_size():
     """The factor is that of all examples together, and each goes its own way."""
     x = jnp.repeat(jnp.array([0.3, 1.0, 4.0]), 8)[:, None] * jax.random.normal(jax.random.key(1), (24, WIDTHS[0]))
-    found, predicted = dense(jax.nn.swish, {}, 1.0, x)
+    found, predicted = dense(chain(jax.nn.swish, {}), x)
     for field, values, expected in zip(Variances._fields, found, predicted, strict=True):
         by_size, expected_by_size = (v.reshape(-1, 3, 8).mean(-1) for v in (values, expected))
         np.testing.assert_allclose(by_size, expected_by_size, rtol=0.1, err_msg=field)
     growth = predicted.signal[-1] / predicted.signal[0]
     assert growth[-1] > 1.2 > 0.8 > growth[0]
+
+
+def residual_network(form, f, options):
+    """Residual blocks between two layers, as in `ResidualMLP`; or of unequal widths, with a block within a block."""
+    act, weights = layer(f, options, 512, 512, weight_var=1 / 512), Layer(linear, 512, 512, 1 / 512)
+    if form == "after":
+        return [weights, *[Residual([act])] * 5, weights]
+    first = Elementwise(f, act.normalization)
+    if form == "before":
+        return [weights, *[Residual([first, weights])] * 5, weights]
+    narrow, wide = act._replace(fan_out=300), Layer(linear, 300, 640, 1 / 300)
+    change = Residual([narrow, wide], [Layer(linear, 512, 640, 1 / 512)])
+    inner = layer(f, options, 640, 400, weight_var=1 / 640)
+    back = Layer(linear, 400, 640, 1 / 400)
+    nested = Residual([first, inner, Residual([layer(f, options, 400, 400, weight_var=1 / 400)]), back])
+    return [weights, change, nested, first, Layer(linear, 640, 300, 1 / 640)]
+
+
+FAST_BLOCKS = [
+    ("after", "relu", "plain"),
+    ("after", "swish", "mean"),
+    ("after", "softplus", "unit"),
+    ("before", "tanh", "centered"),
+    ("before", "relu", "unit centered"),
+    ("unequal", "swish", "unit"),
+]
+ALL_BLOCKS = itertools.product(("after", "before", "unequal"), ACTIVATIONS, OPTIONS)
+DRAWN = ("tanh", "exact")  # the sign of the shift of an odd function, and with it where means pile up
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "kind"),
+    [
+        *FAST_BLOCKS,
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ALL_BLOCKS
+            if case not in FAST_BLOCKS and case[1:] != DRAWN
+        ),
+    ],
+)
+def test_residual_blocks(form, name, kind):
+    x = 1.3 * jax.random.normal(jax.random.key(1), (32, 512))
+    check_means(*dense(residual_network(form, ACTIVATIONS[name], OPTIONS[kind]), x))
 
 
 @pytest.mark.parametrize(
@@ -193,6 +275,37 @@ def test_constant_factor_shift_and_bias():
     np.testing.assert_allclose(variances.gradient, (5 * 4 * 0.5, 1.0), rtol=1e-4)
 
 
+def test_an_activation_before_weights_or_behind_them_is_the_same():
+    act, weights = Layer(jnp.tanh, 40, 50, 0.03, normalization), Layer(linear, 40, 50, 0.03)
+    apart = propagate([weights, Elementwise(jnp.tanh, normalization), weights], input_sq=jnp.array([0.5, 2.0]))
+    chex.assert_trees_all_close(apart, propagate([act, weights], input_sq=jnp.array([0.5, 2.0])), rtol=1e-6)
+
+
+def test_residual_block_by_hand():
+    """a + (relu(W a) - 0.1): means add up with those that the shortcut brings."""
+    fixed = Normalization(jnp.float32(1.0), jnp.float32(0.1))
+    act, back = Layer(jax.nn.relu, 3, 3, 1 / 3, lambda stats: fixed), Layer(linear, 3, 5, 1.0)
+    variances = propagate([act, Residual([act]), back], gradient_sq=2.0)
+    first = np.array([1 / np.sqrt(2 * np.pi) - 0.1, 0.5 - 0.2 / np.sqrt(2 * np.pi) + 0.01])
+    deviation = np.sqrt(first[1])
+    second = np.array(
+        [deviation / np.sqrt(2 * np.pi) - 0.1, deviation**2 / 2 - 0.2 * deviation / np.sqrt(2 * np.pi) + 0.01]
+    )
+    total = first[1] + second[1] + 2 * first[0] * second[0]
+    np.testing.assert_allclose(variances.signal, (1, first[1], 3 * total), rtol=1e-4)
+    np.testing.assert_allclose(variances.gradient, (0.5 * (1 + 0.5) * 10, 0.5 * 10, 2), rtol=1e-4)
+    np.testing.assert_allclose(variances.weight_gradient, (7.5, 5 * first[1], 2 * total), rtol=1e-4)
+
+
+def test_both_paths_of_a_block_may_have_weights():
+    """Two branches of variance 1/2 each are one layer; the order of the rows is that of writing."""
+    half, back = Layer(linear, 10, 10, 1 / 20), Layer(linear, 10, 10, 1 / 10)
+    block = propagate([Residual([half], [half._replace(bias_var=0.25)]), Elementwise(jnp.tanh), back])
+    single = propagate([Layer(jnp.tanh, 10, 10, 1 / 10, bias_var=0.25), back])
+    np.testing.assert_allclose(block.signal, (0.5, 0.75, single.signal[1]), rtol=1e-5)
+    np.testing.assert_allclose(block.gradient[:2], single.gradient[0], rtol=1e-5)
+
+
 def test_traces_and_takes_networks_by_vmap():
     def last_signal(weight_var):
         return propagate([Layer(jnp.tanh, 10, 10, weight_var)] * 2).signal[-1]
@@ -202,12 +315,20 @@ def test_traces_and_takes_networks_by_vmap():
 
 
 RELU = Layer(jax.nn.relu, 10, 10, 0.1)
+LINEAR = RELU._replace(f=linear)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: propagate([]), "at least one layer, got none"),
+        (lambda: propagate([RELU, Residual([RELU._replace(fan_in=0)])]), "fan_in of layer 1 .* got 0"),
+        (
+            lambda: propagate([RELU, Elementwise(jnp.tanh)]),
+            "must be normal over units.*give the layer before it f=linear",
+        ),
+        (lambda: propagate([RELU, Residual([Elementwise(jnp.tanh)])]), "branch of a Residual needs a Layer"),
+        (lambda: propagate([LINEAR, Residual([RELU]), Elementwise(jnp.tanh)]), "must be normal over units"),
         (lambda: propagate([RELU], input_sq=-1.0), "input_sq must be finite and at least 0, got -1.0"),
         (lambda: propagate([RELU], gradient_sq=float("nan")), "gradient_sq must be finite and at least 0, got nan"),
         (lambda: propagate([RELU, RELU._replace(fan_in=0)]), "fan_in of layer 1 must be finite and at least 1, got 0"),

@@ -1,0 +1,441 @@
+"""What the layers of a model do: gains from its state, variances of signals and gradients from a batch.
+
+Rows of numbers come out, one a layer, as NamedTuples that pass through `jax.jit` and `jax.vmap`; `table` makes
+text of them, `draw` a picture.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+import anact_jax.nnx
+from anact_jax.export import constants, running_stats
+from anact_jax.factors import Normalization, correction, gains, normalization
+from anact_jax.normalize import DEFAULT, Form
+from anact_jax.statistics import Stats, wide_dtype
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Tap: TypeAlias = Callable[[str, Array, Array], Array]
+Over: TypeAlias = Literal["depth", "training"]
+
+LAYERS: tuple[type, ...] = (
+    *(nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTranspose),
+    *(nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose),
+)
+"""Layers with weights, whose outputs are the signals z_l of docs/method.md."""
+
+_LINES_IN_LEGEND = 8
+
+
+@jax.tree_util.register_static
+class Name(str):
+    """Where a layer stands in its model, such as `"Block_3/Dense_0"`; a leafless tree to JAX."""
+
+    __slots__ = ()
+
+
+class LayerGains(NamedTuple):
+    """What a normalized activation does to variance; 1 keeps it. Means over channels, where each has its own.
+
+    With `reference="unit"` a layer keeps the level 1 instead of its input's: its gains are then near 1 / Var[x].
+
+    Attributes:
+        name: where it stands in the model.
+        forward: gain of `factor * (f(x) - shift)` for signals, see `anact_jax.Gains`.
+        backward: its gain for gradients.
+        factor: see `anact_jax.Normalization`.
+        shift: likewise.
+        bare_forward: gain of f(x) alone for signals.
+        bare_backward: gain of f(x) alone for gradients.
+    """
+
+    name: str
+    forward: Float[Array, ""]
+    backward: Float[Array, ""]
+    factor: Float[Array, ""]
+    shift: Float[Array, ""]
+    bare_forward: Float[Array, ""]
+    bare_backward: Float[Array, ""]
+
+
+class LayerVariances(NamedTuple):
+    """Mean squares at the output z of a layer with weights, over all of its elements; L is the loss.
+
+    Attributes:
+        name: where the layer stands in the model.
+        signal: `E[z^2]`.
+        gradient: `E[(dL/dz)^2]`. A loss that is a mean over the batch makes it smaller by the square of the batch's
+            size; what counts is how it changes from layer to layer.
+    """
+
+    name: str
+    signal: Float[Array, ""]
+    gradient: Float[Array, ""]
+
+
+class LayerPass(NamedTuple):
+    """What passed through a layer with weights, forward and backward.
+
+    Attributes:
+        name: where the layer stands in the model.
+        entering: its input.
+        signal: its output z.
+        gradient: dL/dz.
+    """
+
+    name: str
+    entering: Float[Array, "..."]
+    signal: Float[Array, "..."]
+    gradient: Float[Array, "..."]
+
+
+Rows: TypeAlias = Sequence[LayerGains] | Sequence[LayerVariances]
+
+
+def gains_of(name: str, stats: Stats, numbers: Normalization) -> LayerGains:
+    """The row of an activation with these statistics that is normalized by these numbers."""
+    factor, shift = numbers
+    bare, shifted = gains(stats), gains(stats, shift=shift)
+    columns = (factor**2 * shifted.forward, factor**2 * shifted.backward, factor, shift, *bare)
+    return LayerGains(Name(name), *(jnp.mean(column) for column in columns))
+
+
+def linen_layers(
+    variables: Mapping[str, Any], form: Form = DEFAULT, *, collection: str = "batch_stats"
+) -> dict[str, tuple[Stats, Normalization]]:
+    """Running statistics, and factor and shift in inference, of each `anact_jax.linen.ANAct` in a model's variables.
+
+    Args:
+        variables: as `model.init` and training leave them: `"batch_stats"`, and `"params"` for learned corrections.
+        form: what the layers were made with. Of layers made with different ones, give their parts of the
+            variables one by one.
+        collection: where the layers keep their state.
+
+    Returns:
+        By name, in the natural order of names (9 before 10), since a state tells no order of execution; empty
+        where there are none.
+    """
+    found: dict[str, tuple[Stats, Normalization]] = {}
+
+    def visit(path: tuple[str, ...], state: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+        if set(state) == set(Stats._fields):
+            stats = Stats(*(jnp.asarray(state[field]) for field in Stats._fields))
+            factor, shift = normalization(stats, rule=form.rule, center=form.center, reference=form.reference)
+            if "alpha" in params:
+                factor = factor + correction(jnp.asarray(params["alpha"]))
+            found["/".join(path) or "ANAct"] = stats, Normalization(factor, shift)
+            return
+        for name in sorted(state, key=_natural):
+            if isinstance(state[name], Mapping):
+                visit((*path, name), state[name], params.get(name, {}))
+
+    visit((), variables.get(collection, {}), variables.get("params", {}))
+    return found
+
+
+def linen_gains(
+    variables: Mapping[str, Any], form: Form = DEFAULT, *, collection: str = "batch_stats"
+) -> tuple[LayerGains, ...]:
+    """Gains, factor and shift of every normalized activation of a Linen model, from its running statistics.
+
+    Before training those are of a standard normal input. A transform that stacks layers (`nn.scan`) makes one
+    row of them, their mean.
+
+    Args:
+        variables: see `linen_layers`.
+        form: see `linen_layers`.
+        collection: see `linen_layers`.
+
+    Raises:
+        ValueError: there is no such layer.
+
+    >>> from anact_jax.linen import NSwish
+    >>> model = nn.Sequential([nn.Dense(8), NSwish(use_running_average=True)])
+    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
+    >>> print(table(linen_gains(variables)))
+    layer     forward  backward  factor  shift  bare forward  bare backward
+    layers_1    0.976      1.02   0.857  0.207          1.37           1.39
+    """
+    layers = linen_layers(variables, form, collection=collection)
+    if not layers:
+        raise ValueError(
+            f"no statistics of normalized activations in collection {collection!r} of variables with "
+            f"{', '.join(variables) or 'no collections'}; give what model.init returned and training updated"
+        )
+    return tuple(gains_of(name, *layer) for name, layer in layers.items())
+
+
+def nnx_gains(model: nnx.Module) -> tuple[LayerGains, ...]:
+    """Gains, factor and shift of every normalized activation of an NNX model, as `linen_gains` of a Linen one.
+
+    Raises:
+        ValueError: there is no such layer.
+
+    >>> row, = nnx_gains(anact_jax.nnx.NReLU(rule="forward", nonlinearity=None))
+    >>> round(float(row.forward), 3), round(float(row.factor), 3)
+    (1.0, 1.713)
+    """
+    layers = _nnx_modules(model, (anact_jax.nnx.ANAct,))
+    if not layers:
+        raise ValueError(f"no normalized activations in {type(model).__name__}; expected some anact_jax.nnx.ANAct")
+    return tuple(gains_of(name, running_stats(layer), constants(layer)) for name, layer in layers)
+
+
+def pass_through(loss: Callable[..., Any], layers: tuple[type, ...] = LAYERS) -> Callable[..., tuple[LayerPass, ...]]:
+    """What passes through each layer with weights while `loss` runs forward and backward.
+
+    Models need no change: outputs of the layers are tapped as they run, Linen's by `nn.intercept_methods`, those of NNX
+    modules among the arguments in a copy, so that nothing the model writes is kept.
+
+    Args:
+        loss: any function that runs a model and returns a number, as one gives to `jax.grad`.
+        layers: types of the modules to tap, of Linen and of NNX.
+
+    Returns:
+        A function of loss's arguments; what it returns has a `LayerPass` for each call of such a layer, in the order of
+        execution. Compile it by `jax.jit`. A layer that a transform within the model runs several
+        times at once (`nn.scan`, `nn.vmap`) gives NaN: run the model without it.
+
+    Raises:
+        TypeError: the loss is not one real number.
+        ValueError: no such layer ran.
+
+    >>> def loss(weight, x):
+    ...     return jnp.sum(nn.Dense(3, use_bias=False).apply({"params": {"kernel": weight}}, x))
+    >>> passed, = jax.jit(pass_through(loss))(jnp.ones((2, 3)), jnp.array([[1.0, 2.0]]))
+    >>> passed.name, passed.entering.tolist(), passed.signal.tolist(), passed.gradient.tolist()
+    ('Dense', [[1.0, 2.0]], [[3.0, 3.0, 3.0]], [[1.0, 1.0, 1.0]])
+    """
+
+    def measure(*args: Any) -> tuple[LayerPass, ...]:
+        run = _tappable(loss, args, layers)
+        names: list[str] = []
+        shapes: list[tuple[jax.ShapeDtypeStruct, ...]] = []
+
+        def note(name: str, entering: Array, signal: Array) -> Array:
+            names.append(name)
+            before, after = (jax.ShapeDtypeStruct(value.shape, signal.dtype) for value in (entering, signal))
+            shapes.append((before, after, after, jax.ShapeDtypeStruct((), signal.dtype)))
+            return signal
+
+        result = jax.eval_shape(lambda: run(note))
+        if getattr(result, "shape", None) != () or not jnp.issubdtype(result.dtype, jnp.floating):
+            raise TypeError(
+                f"the loss must be one real number, got {result}; where it comes with others, take it out, as in "
+                "lambda *args: loss(*args)[0]"
+            )
+        if not names:
+            kinds = ", ".join(dict.fromkeys(layer.__name__ for layer in layers))
+            raise ValueError(
+                f"no layer ran that is one of {kinds}; let loss run a Linen model, or take an NNX model as an "
+                "argument, and name layers of other types by layers=(...). What jax.jit compiled before stays hidden"
+            )
+
+        def probed(probes: list[Any]) -> Any:
+            remaining = iter(probes)
+            return run(lambda name, entering, signal: _tap(next(remaining), entering, signal))
+
+        found = jax.grad(probed)(jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes))
+
+        def once(values: Array, calls: Array) -> Array:
+            return jnp.where(calls == 1, values, jnp.nan)
+
+        return tuple(
+            LayerPass(Name(name), *(once(value, calls) for value in values))
+            for name, (*values, calls) in zip(names, found, strict=True)
+        )
+
+    return measure
+
+
+def variances(loss: Callable[..., Any], layers: tuple[type, ...] = LAYERS) -> Callable[..., tuple[LayerVariances, ...]]:
+    """Variance of signals and gradients at each layer with weights, whatever the activations: plain ones too.
+
+    Args:
+        loss: see `pass_through`.
+        layers: see `pass_through`.
+
+    Returns:
+        A function of loss's arguments; what it returns has a row for each call of such a layer, in the order of
+        execution. Compile it by `jax.jit`.
+
+    Raises:
+        TypeError, ValueError: see `pass_through`.
+
+    >>> model = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(64), nn.relu, nn.Dense(1)])
+    >>> x = jax.random.normal(jax.random.key(0), (32, 16))
+    >>> params = model.init(jax.random.key(1), x)
+    >>> measure = jax.jit(variances(lambda params, x: jnp.mean(model.apply(params, x) ** 2)))
+    >>> [row.name for row in measure(params, x)]
+    ['layers_0', 'layers_2', 'layers_4']
+    """
+    through = pass_through(loss, layers)
+
+    def mean_square(values: Array) -> Float[Array, ""]:
+        return jnp.mean(values.astype(wide_dtype(values.dtype)) ** 2)
+
+    def measure(*args: Any) -> tuple[LayerVariances, ...]:
+        passed = through(*args)
+        return tuple(LayerVariances(each.name, mean_square(each.signal), mean_square(each.gradient)) for each in passed)
+
+    return measure
+
+
+def table(rows: Rows) -> str:
+    """Rows as text: a line for each layer, a column for each number.
+
+    Raises:
+        ValueError: no rows.
+
+    >>> print(table([LayerVariances("Dense_0", jnp.array(1.0), jnp.array(2e-7))]))
+    layer    signal  gradient
+    Dense_0       1     2e-07
+    """
+    if not rows:
+        raise ValueError("a table needs at least one row, got none")
+    header = ["layer", *(field.replace("_", " ") for field in rows[0]._fields[1:])]
+    lines = [header, *([row[0], *(f"{float(number):.3g}" for number in row[1:])] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
+
+
+def draw(records: Mapping[Any, Rows], *, over: Over = "depth") -> "Figure":
+    """A picture of rows that were recorded at several steps, or of several models: a panel for each number.
+
+    Args:
+        records: label, such as the training step or the model's name -> rows.
+        over: `"depth"` draws numbers over layers, a line for each record; `"training"` draws them over
+            the labels, which must be numbers then, a line for each layer. Of many lines the legend names some.
+
+    Returns:
+        A matplotlib figure; `figure.savefig("picture.png")` writes it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: over training with labels that are not numbers.
+        ValueError: nothing to draw, rows of different kinds, or `over` is unknown.
+
+    >>> rows = {step: [LayerVariances("Dense_0", jnp.array(1.0), jnp.array(1.0 + step))] for step in (0, 100)}
+    >>> [panel.get_title() for panel in draw(rows, over="training").axes]
+    ['signal', 'gradient']
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
+    if over not in get_args(Over):
+        raise ValueError(f"unknown over {over!r}; expected one of {', '.join(get_args(Over))}")
+    fields = {rows[0]._fields for rows in records.values() if rows}
+    if len(fields) != 1 or not all(records.values()):
+        raise ValueError(
+            f"draw needs records with rows of one kind in each, got {len(records)} records of {len(fields)} kinds"
+        )
+    if over == "training" and not all(isinstance(label, int | float) for label in records):
+        raise TypeError(f"over training the labels must be numbers, such as steps, got {', '.join(map(repr, records))}")
+    if over == "training" and len({len(rows) for rows in records.values()}) != 1:
+        raise ValueError("over training all records must have as many layers, those of one model")
+
+    numbers = next(iter(fields))[1:]
+    figure = Figure(figsize=(1 + 3.4 * len(numbers), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(numbers), squeeze=False)[0]
+    for panel, field in zip(panels, numbers, strict=True):
+        values = {label: [float(getattr(row, field)) for row in rows] for label, rows in records.items()}
+        if over == "depth":
+            lines = [(str(label), list(range(1, len(line) + 1)), line) for label, line in values.items()]
+        else:
+            names = [row.name for row in next(iter(records.values()))]
+            by_layer = zip(names, zip(*values.values(), strict=True), strict=True)
+            lines = [(name, list(values), line) for name, line in by_layer]
+        shown = set(np.linspace(0, len(lines) - 1, min(len(lines), _LINES_IN_LEGEND)).round())
+        for index, (label, places, line) in enumerate(lines):
+            color = mpl.colormaps["viridis"](0.9 * index / max(1, len(lines) - 1))
+            panel.plot(places, line, ".-", color=color, label=label if index in shown else None)
+        finite = [number for line in values.values() for number in line if np.isfinite(number)]
+        if finite and 0 <= 10 * min(finite) < max(finite):  # over decades
+            panel.set_yscale("log")
+        panel.set(title=field.replace("_", " "), xlabel="layer, from input to output" if over == "depth" else "step")
+        panel.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+    return figure
+
+
+@jax.custom_vjp
+def _tap(probe: tuple[Array, Array, Array, Array], entering: Array, signal: Array) -> Array:
+    """Signal as it is; the cotangent of its probe is what passed, and a 1 that counts the calls."""
+    del probe, entering
+    return signal
+
+
+def _tap_forward(probe: tuple[Array, Array, Array, Array], entering: Array, signal: Array) -> tuple[Array, Any]:
+    del probe
+    return signal, (entering, signal)
+
+
+def _tap_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[tuple[Array, ...], Array, Array]:
+    entering, signal = saved
+    # Depends on the gradient in form only, so that `vmap` counts each of its calls.
+    one = jnp.where(jnp.isnan(jnp.sum(gradient)), 1, 1).astype(signal.dtype)
+    return (entering, signal, gradient, one), jnp.zeros_like(entering), gradient
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[type, ...]) -> Callable[[Tap], Any]:
+    """A function that runs the loss with all outputs of layers replaced by what its argument makes of them."""
+    leaves, treedef = jax.tree.flatten(args, is_leaf=lambda leaf: isinstance(leaf, nnx.Module))
+
+    def run(tap: Tap) -> Any:
+        def on_call(call: Callable[..., Any], given: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            output, module = call(*given, **kwargs), context.module
+            if isinstance(module, layers) and context.method_name == "__call__":
+                return tap("/".join(module.path) or type(module).__name__, *_before_and_after(given, kwargs, output))
+            return output
+
+        fresh = [nnx.clone(leaf) if isinstance(leaf, nnx.Module) else leaf for leaf in leaves]
+        for model in fresh:
+            for name, module in _nnx_modules(model, layers) if isinstance(model, nnx.Module) else []:
+                _tap_calls(module, name, tap)
+        with nn.intercept_methods(on_call):
+            return loss(*jax.tree.unflatten(treedef, fresh))
+
+    return run
+
+
+def _tap_calls(module: Any, name: str, tap: Tap) -> None:
+    kind = type(module)
+
+    def call(self: Any, *given: Any, **kwargs: Any) -> Any:
+        return tap(name, *_before_and_after(given, kwargs, kind.__call__(self, *given, **kwargs)))
+
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _before_and_after(given: Sequence[Any], kwargs: Mapping[str, Any], output: Array) -> tuple[Array, Array]:
+    entering = next(itertools.chain(given, kwargs.values()))
+    return jax.lax.stop_gradient(jnp.asarray(entering).astype(output.dtype)), output
+
+
+def _nnx_modules(model: nnx.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
+    """Modules of these kinds within a model, by name, in the natural order of names."""
+    found = ((path, node) for path, node in nnx.iter_graph(model) if isinstance(node, kinds))
+    ordered = sorted(found, key=lambda each: [_natural(str(part)) for part in each[0]])
+    return [("/".join(map(str, path)) or type(node).__name__, node) for path, node in ordered]
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]

@@ -1,0 +1,292 @@
+"""Models as strangers write them, seen into with no change; their gradients by plain autodiff beside it."""
+
+import functools
+import sys
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import anact_jax.linen
+import anact_jax.nnx
+from anact_jax import PUBLISHED, Stats, activation_stats, gains
+from anact_jax.diagnostics import LayerVariances, draw, linen_gains, nnx_gains, pass_through, table, variances
+
+X = 0.5 + jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, carry=None):
+        return nn.relu(nn.Dense(5)(inputs=x)), carry
+
+
+class Stranger(nn.Module):
+    """Plain functions for activations, a convolution, a layer used twice, a nested one."""
+
+    block: type = Block
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(5, (3, 3), name="conv")(x)).mean((1, 2))
+        twice = nn.Dense(5, name="twice")
+        x = nn.swish(twice(jnp.tanh(twice(x))))
+        x, _ = self.block()(x)
+        return nn.DenseGeneral((2,), name="out")(x)
+
+
+def loss_of(model):
+    return lambda variables, x: jnp.sum(model.apply(variables, x) ** 2)
+
+
+def stranger(**options):
+    model = Stranger(**options)
+    return model, jax.jit(model.init)(jax.random.key(1), X)
+
+
+def test_unmodified_linen_model_equals_autodiff():
+    model, variables = stranger()
+    passed = jax.jit(pass_through(loss_of(model)))(variables, X)
+    assert [layer.name for layer in passed] == ["conv", "twice", "twice", "Block_0/Dense_0", "out"]
+    conv, first, second, dense, out = passed
+    gradient = jax.jit(jax.grad(loss_of(model)))(variables, X)["params"]
+    np.testing.assert_array_equal(conv.entering, X)
+    np.testing.assert_allclose(out.signal, model.apply(variables, X), rtol=1e-5)
+    np.testing.assert_allclose(out.gradient, 2 * out.signal, rtol=1e-5)
+    np.testing.assert_allclose(jnp.sum(conv.gradient, (0, 1, 2)), gradient["conv"]["bias"], rtol=1e-4)
+    for found, name in ((dense, "Block_0"), (out, "out")):
+        of_kernel = found.entering.T @ found.gradient
+        expected = gradient[name]["Dense_0"] if name == "Block_0" else gradient[name]
+        np.testing.assert_allclose(of_kernel, expected["kernel"], rtol=1e-4, atol=1e-6)
+    both = first.entering.T @ first.gradient + second.entering.T @ second.gradient
+    np.testing.assert_allclose(both, gradient["twice"]["kernel"], rtol=1e-4, atol=1e-6)
+
+
+def test_variances_are_mean_squares_eager_compiled_and_mapped():
+    model, variables = stranger()
+    loss = loss_of(model)
+    measure, passed = variances(loss), jax.jit(pass_through(loss))(variables, X)
+    compiled = jax.jit(measure)(variables, X)
+    for row, layer in zip(compiled, passed, strict=True):
+        assert row.name == layer.name
+        np.testing.assert_allclose(row[1:], (np.mean(layer.signal**2), np.mean(layer.gradient**2)), rtol=1e-5)
+    several = jax.jit(jax.vmap(measure, (None, 0)))(variables, jnp.stack([X, 2 * X]))
+    chex.assert_trees_all_close(jax.tree.map(lambda value: value[0], several), compiled, rtol=1e-5)
+    assert several[0].signal[1] > 2 * several[0].signal[0]
+
+
+@pytest.mark.parametrize("transform", [nn.remat, nn.jit])
+def test_lifted_transforms_change_nothing(transform):
+    model, variables = stranger()
+    lifted, _ = stranger(block=lambda: transform(Block)(name="Block_0"))
+    expected = jax.jit(variances(loss_of(model)))(variables, X)
+    for _ in range(2):
+        chex.assert_trees_all_close(jax.jit(variances(loss_of(lifted)))(variables, X), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("transform", [nn.scan, functools.partial(nn.vmap, in_axes=0, axis_size=4)])
+def test_layers_that_run_several_times_at_once_are_nan_and_the_others_as_they_are(transform):
+    lift = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    more = {"length": 3} if transform is nn.scan else {}
+    model, variables = stranger(block=lambda: transform(Block, **lift, **more)(name="stack"))
+    rows = jax.jit(variances(loss_of(model)))(variables, X)
+    inside = [np.isnan(row[1:]).all() for row in rows if row.name.startswith("stack")]
+    outside = [np.isfinite(row[1:]).all() for row in rows if not row.name.startswith("stack")]
+    assert inside
+    assert all(inside)
+    assert len(outside) == 4
+    assert all(outside)
+
+
+def test_layers_of_other_types_can_be_named():
+    model, variables = stranger()
+    (row,) = jax.jit(variances(loss_of(model), layers=(nn.Conv,)))(variables, X)
+    assert row.name == "conv"
+
+
+def test_half_precision_is_measured_in_float32():
+    dense = nn.Dense(64, dtype=jnp.bfloat16)
+    x = 300 * jax.random.normal(jax.random.key(0), (32, 16))
+    params = dense.init(jax.random.key(1), x)
+    (row,) = jax.jit(variances(lambda params, x: jnp.sum(dense.apply(params, x).astype(jnp.float32))))(params, x)
+    assert (row.name, row.signal.dtype, float(row.gradient)) == ("Dense", jnp.float32, 1.0)
+    np.testing.assert_allclose(row.signal, np.mean(np.square(dense.apply(params, x).astype(jnp.float32))), rtol=1e-3)
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 5, (3, 3), rngs=rngs)
+        self.norm, self.drop = nnx.BatchNorm(5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.hidden = nnx.List([nnx.Linear(5, 5, rngs=rngs) for _ in range(2)])
+        self.out = nnx.Linear(5, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.drop(self.norm(jax.nn.relu(self.conv(x)))).mean((1, 2))
+        for layer in (*self.hidden, self.hidden[0]):
+            x = jnp.tanh(layer(inputs=x))
+        return self.out(x)
+
+
+def nnx_loss(model, x):
+    return jnp.sum(model(x) ** 2)
+
+
+def test_nnx_model_equals_autodiff_and_stays_as_it_is():
+    model = NnxNet(nnx.Rngs(0))
+    model.train()
+    before = nnx.to_pure_dict(nnx.state(model))
+    kinds = [type(module) for _, module in nnx.iter_graph(model)]
+    passed = jax.jit(pass_through(nnx_loss))(model, X)
+    assert [type(module) for _, module in nnx.iter_graph(model)] == kinds
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(model)), before)
+    names = [layer.name for layer in passed]
+    assert names == ["conv", *(f"hidden/{index}" for index in range(2)), "hidden/0", "out"]
+    gradient = nnx.to_pure_dict(nnx.jit(nnx.grad(nnx_loss))(model, X))
+    sums = [jnp.sum(layer.gradient, tuple(range(layer.gradient.ndim - 1))) for layer in passed]
+    np.testing.assert_allclose(sums[0], gradient["conv"]["bias"], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(sums[1] + sums[3], gradient["hidden"][0]["bias"], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(sums[-1], gradient["out"]["bias"], rtol=1e-3)
+
+
+def test_a_model_of_one_layer_runs_eagerly():
+    linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    (row,) = variances(lambda both, x: jnp.sum(both["model"](x)))({"model": linear}, X[0, 0])
+    assert (row.name, float(row.gradient)) == ("Linear", 1.0)
+    np.testing.assert_allclose(row.signal, np.mean(np.square(linear(X[0, 0]))), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda model, x: model(x), TypeError, r"one real number, got .*shape=\(4, 6, 6, 2\).*loss\(\*args\)\[0\]"),
+        (lambda model, x: (jnp.sum(model(x)), x), TypeError, r"one real number, got \("),
+        (lambda model, x: jnp.sum(x), ValueError, "no layer ran that is one of Dense, DenseGeneral, Einsum, Conv"),
+    ],
+)
+def test_losses_that_cannot_be_are_named(loss, error, message):
+    with pytest.raises(error, match=message):
+        variances(loss)(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), X)
+
+
+class Twelve(nn.Module):
+    form: dict
+
+    @nn.compact
+    def __call__(self, x, train):
+        for index in range(12):
+            x = nn.Dense(7)(x)
+            x = anact_jax.linen.NGELU(**self.form, learnable=index == 10, use_running_average=not train)(x)
+        return x
+
+
+@pytest.mark.parametrize("form", [PUBLISHED, PUBLISHED._replace(rule="exact", feature_axes=-1)])
+def test_linen_gains_after_a_batch_are_those_of_that_batch(form):
+    model, x = Twelve(form._asdict()), X.reshape(-1, 9)
+    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x)
+    variables["params"]["NGELU_10"]["alpha"] += 0.4
+    apply = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"], capture_intermediates=True))
+    _, updates = apply(variables, x)
+    state = {"params": variables["params"], "batch_stats": updates["batch_stats"], "other": {}}
+    rows = linen_gains(state, form)
+    assert [row.name for row in rows] == [f"NGELU_{index}" for index in range(12)]
+    for index in (1, 10):
+        row = rows[index]
+        z, y = (updates["intermediates"][f"{layer}_{index}"]["__call__"][0] for layer in ("Dense", "NGELU"))
+        over = 0 if form.feature_axes else None
+        np.testing.assert_allclose(row.forward, np.mean(np.mean(y**2, over) / np.var(z, over)), rtol=1e-4)
+        stats = activation_stats(jax.nn.gelu, z, feature_axes=form.feature_axes)
+        bare = [np.mean(gain) for gain in gains(stats)]
+        np.testing.assert_allclose((row.bare_forward, row.bare_backward), bare, rtol=1e-4)
+        if form == PUBLISHED and index != 10:
+            assert (1 / row.forward + 1 / row.backward) / 2 == pytest.approx(1, rel=1e-5)
+    plain = jax.tree.map(jnp.copy, state)
+    plain["params"]["NGELU_10"]["alpha"] *= 0
+    moved = rows[10].factor - linen_gains(plain, form)[10].factor
+    np.testing.assert_allclose(moved, 0.3 * np.tanh(0.4), rtol=1e-4)
+    compiled = jax.jit(functools.partial(linen_gains, form=form))(state)
+    chex.assert_trees_all_close(compiled, rows, rtol=1e-5)
+
+
+def test_nnx_gains_are_linen_s():
+    act = anact_jax.nnx.NSwish(features=5, rule="geometric", learnable=True)
+    act.alpha[...] += 0.2
+    model = nnx.Sequential(anact_jax.nnx.NSwish(features=5), act)
+    act(X.reshape(-1, 12)[:, :5], use_running_average=False)
+    state = {field: getattr(act, field)[...] for field in Stats._fields}
+    form = anact_jax.DEFAULT._replace(rule="geometric")
+    gains_in_form = jax.jit(functools.partial(linen_gains, form=form))
+    (expected,) = gains_in_form({"batch_stats": {"act": state}, "params": {"act": {"alpha": act.alpha[...]}}})
+    first, second = jax.jit(nnx_gains)(model)
+    assert (first.name, second.name) == ("layers/0", "layers/1")
+    chex.assert_trees_all_close(second[1:], expected[1:], rtol=1e-6)
+    assert first.factor != second.factor
+
+
+def test_models_without_normalized_activations_are_told():
+    batch_norm = {"params": {}, "batch_stats": {"BatchNorm_0": {"mean": X, "var": X}}}
+    with pytest.raises(ValueError, match="in collection 'batch_stats' of variables with params, batch_stats"):
+        linen_gains(batch_norm)
+    with pytest.raises(ValueError, match="no normalized activations in Linear"):
+        nnx_gains(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+def rows_at(step, layers=12):
+    return [LayerVariances(f"Dense_{i}", jnp.array(1.0 + i), jnp.array(10.0 ** (i - step))) for i in range(layers)]
+
+
+def test_table_aligns_numbers_under_their_names():
+    assert table(rows_at(20, layers=11)[9:]).splitlines() == [
+        "layer     signal  gradient",
+        "Dense_9       10     1e-11",
+        "Dense_10      11     1e-10",
+    ]
+    with pytest.raises(ValueError, match="at least one row"):
+        table([])
+
+
+def test_pictures_over_depth_and_over_training(tmp_path):
+    records = {step: rows_at(step) for step in (0, 5, 10)}
+    over_depth, over_training = draw(records), draw(records, over="training")
+    assert [len(panel.lines) for panel in over_depth.axes] == [3, 3]
+    assert [len(panel.lines) for panel in over_training.axes] == [12, 12]
+    line = over_depth.axes[1].lines[1]
+    np.testing.assert_allclose(line.get_ydata(), [10.0 ** (i - 5) for i in range(12)], rtol=1e-6)
+    np.testing.assert_array_equal(over_training.axes[1].lines[3].get_xdata(), [0, 5, 10])
+    assert [text.get_text() for text in over_depth.legends[0].get_texts()] == ["0", "5", "10"]
+    assert len(over_training.legends[0].get_texts()) == 8
+    assert over_depth.axes[1].get_yscale() == "log"
+    over_depth.savefig(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_picture_of_gains_has_a_panel_for_each_number():
+    rows = nnx_gains(anact_jax.nnx.NSwish())
+    figure = draw({"swish": [*rows, rows[0]._replace(shift=-rows[0].shift, factor=20 * rows[0].factor)]})
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles == ["forward", "backward", "factor", "shift", "bare forward", "bare backward"]
+    assert [panel.get_yscale() for panel in figure.axes] == ["linear", "linear", "log", "linear", "linear", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("records", "over", "error", "message"),
+    [
+        ({}, "depth", ValueError, "got 0 records"),
+        ({"a": rows_at(0), "b": []}, "depth", ValueError, "got 2 records of 1 kinds"),
+        ({"a": rows_at(0)}, "width", ValueError, "unknown over 'width'; expected one of depth, training"),
+        ({"a": rows_at(0)}, "training", TypeError, "must be numbers, such as steps, got 'a'"),
+        ({0: rows_at(0), 1: rows_at(0, 3)}, "training", ValueError, "as many layers"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(records, over, error, message, unchecked_types):
+    with pytest.raises(error, match=message):
+        draw(records, over=over)
+
+
+def test_without_matplotlib_pictures_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        draw({0: rows_at(0)})

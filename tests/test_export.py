@@ -1,0 +1,251 @@
+"""Networks trained for a few steps, exported, and compared with themselves in inference."""
+
+import functools
+import itertools
+import re
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import anact_jax.linen
+import anact_jax.nnx
+from anact_jax import PUBLISHED, Normalization, gaussian_stats, normalization, normalize
+from anact_jax.export import as_function, constants, fold
+
+IMAGES = 0.5 + 2 * jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
+LABELS = jnp.arange(16) % 4
+FORMS = {"default": {}, "published": PUBLISHED._asdict(), "exact": {"rule": "exact", "learnable": True}}
+
+conv = functools.partial(nn.Conv, kernel_size=(3, 3))
+CONVS = {
+    "same": conv(8),  # Flax's default, zeros at the border
+    "valid": conv(8, padding="VALID", use_bias=False),
+    "circular": conv(8, padding="CIRCULAR", strides=2),
+    "grouped": conv(8, padding="VALID", feature_group_count=2),
+    "depthwise": conv(12, padding=0, feature_group_count=6),
+    "pointwise": nn.Conv(8, (1, 1)),
+}
+
+
+class CNN(nn.Module):
+    """With `act`, trained; with the functions of `exported` in its place, the same layers and other constants."""
+
+    second: nn.Conv
+    act: nn.Module
+    exported: tuple = ()
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for index, layer in enumerate(
+            (conv(6), self.second.copy(use_bias=self.second.use_bias or bool(self.exported)))
+        ):
+            x = layer.copy(name=f"conv_{index}")(x)
+            act = self.act.copy(name=f"act_{index}")
+            x = self.exported[index](x) if self.exported else act(x, use_running_average=not train)
+        x = nn.avg_pool(x, (2, 2), strides=(2, 2))
+        return nn.Dense(4, name="dense")(x.reshape(len(x), -1))
+
+
+def train(model, x, steps=4):
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+
+    @jax.jit
+    def step(variables, moments):
+        def loss(params):
+            logits, updates = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean(), updates
+
+        gradient, updates = jax.grad(loss, has_aux=True)(variables["params"])
+        change, moments = optimizer.update(gradient, moments)
+        return {"params": optax.apply_updates(variables["params"], change), **updates}, moments
+
+    moments = optimizer.init(variables["params"])
+    for _ in range(steps):
+        variables, moments = step(variables, moments)
+    return variables
+
+
+def bound(act, variables, name):
+    return act.bind({kind: collection[name] for kind, collection in variables.items() if name in collection})
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("grouped", "default"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("same", "default"),
+                ("same", "published"),
+                ("valid", "exact"),
+                ("circular", "default"),
+                ("depthwise", "published"),
+                ("pointwise", "exact"),
+            ]
+        ),
+    ],
+)
+def test_cnn_with_factor_and_shift_folded_into_the_next_layer(kind, form, standard_promotion):
+    second = CONVS[kind]
+    model = CNN(second, anact_jax.linen.ANAct(jax.nn.gelu, **FORMS[form]))
+    variables = train(model, IMAGES)
+    params, layers = variables["params"], [bound(model.act, variables, f"act_{index}") for index in range(2)]
+    first, last = (constants(layer) for layer in layers)
+    f = model.act.activation
+    rest = Normalization(1.0, 0.0)
+    if kind == "same" and np.any(first.shift):
+        with pytest.raises(ValueError, match=r"pads with zeros \(padding='SAME'\).*keep f\(x\) - shift"):
+            fold(first, **params["conv_1"], padding="SAME")
+        first, rest = first._replace(shift=jnp.zeros_like(first.shift)), rest._replace(shift=first.shift)
+
+    def folded(name, numbers, **options):
+        return dict(zip(("kernel", "bias"), fold(numbers, **params[name], **options), strict=True))
+
+    places = params["dense"]["kernel"].shape[0] // second.features
+    repeated = jax.tree.map(lambda value: jnp.tile(value, places) if value.ndim else value, last)
+    padding = second.padding
+    exported = {**params, "conv_1": folded("conv_1", first, padding=padding), "dense": folded("dense", repeated)}
+    plain = CNN(second, model.act, (lambda x: normalize(f, x, *over_channels(rest)), f))
+    expected = jax.jit(model.apply)(variables, IMAGES)
+    found = jax.jit(plain.apply)({"params": exported}, IMAGES)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert np.ptp(expected) > 0.1
+
+
+def over_channels(numbers):
+    return (jnp.expand_dims(value, (0, 1, 2)) if np.ndim(value) else value for value in numbers)
+
+
+class MLP(nnx.Module):
+    def __init__(self, form):
+        rngs, widths = nnx.Rngs(0), (8, 12, 12, 4)
+        self.dense = nnx.List([nnx.Linear(n, m, rngs=rngs) for n, m in itertools.pairwise(widths)])
+        self.act = nnx.List([anact_jax.nnx.NSwish(features=m, **form) for m in widths[1:-1]])
+
+    def __call__(self, x):
+        for dense, act in zip(self.dense, self.act, strict=False):
+            x = act(dense(x))
+        return self.dense[-1](x)
+
+
+def test_mlp_of_nnx_with_factor_and_shift_folded_into_the_next_layer():
+    model, x = MLP({"rule": "exact", "learnable": True}), IMAGES[:, 0, :, 0]
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
+    model.train()
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            return optax.softmax_cross_entropy_with_integer_labels(model(x), LABELS).mean()
+
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    for _ in range(4):
+        step(model, optimizer)
+    assert np.ptp(model.act[0].alpha[...]) > 0
+    model.eval()
+    expected = model(x)
+    for index, act in enumerate(model.act):
+        following = model.dense[index + 1]
+        kernel, bias = fold(constants(act), following.kernel[...], following.bias[...])
+        following.kernel[...], following.bias[...] = kernel, bias
+    functions = [act.activation for act in model.act]
+    for dense, f in zip(model.dense, functions, strict=False):
+        x = f(dense(x))
+    np.testing.assert_allclose(model.dense[-1](x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("feature_axes", [-1, (), (1, 2)])
+def test_function_equals_linen_s_inference_and_holds_two_constants(feature_axes):
+    layer = anact_jax.linen.NGELU(feature_axes=feature_axes, learnable=True, use_running_average=False)
+    variables = layer.init(jax.random.key(0), IMAGES)
+    _, updates = layer.apply(variables, IMAGES, mutable=["batch_stats"])
+    variables = {"params": {"alpha": variables["params"]["alpha"] + 0.7}, **updates}
+    function = as_function(layer.bind(variables))
+    expected = layer.copy(use_running_average=True).apply(variables, IMAGES)
+    np.testing.assert_array_equal(function(IMAGES), expected)
+    assert function(IMAGES.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+    factor, shift = constants(layer.bind(variables))
+    jaxpr = jax.make_jaxpr(function)(IMAGES)
+    assert [np.squeeze(constant).shape for constant in jaxpr.consts] == [factor.shape, shift.shape]
+    assert not {"sqrt", "rsqrt", "reduce_sum", "div"} & set(re.findall(r"= (\w+)", str(jaxpr)))
+
+
+def test_function_of_nnx_stays_when_the_layer_trains_on():
+    layer = anact_jax.nnx.NSwish()
+    x = IMAGES[:, 0, 0]
+    prior = as_function(layer)
+    np.testing.assert_array_equal(prior(x), layer(x, use_running_average=True))
+    layer(x, use_running_average=False)
+    trained = as_function(layer)
+    y = trained(x)
+    np.testing.assert_array_equal(y, layer(x, use_running_average=True))
+    layer(3 * x, use_running_average=False)
+    np.testing.assert_array_equal(trained(x), y)
+    assert np.abs(y - layer(x, use_running_average=True)).max() > 0.1
+
+
+def test_constants_before_training_are_those_of_a_standard_normal_input():
+    layer = anact_jax.linen.ANAct(jnp.tanh, nonlinearity=None, center=True, use_running_average=True)
+    expected = normalization(gaussian_stats(jnp.tanh), center=True, reference="unit")
+    found = constants(layer.bind(layer.init(jax.random.key(0), IMAGES)))
+    chex.assert_trees_all_close(found, jax.tree.map(lambda value: jnp.full(3, value), expected), rtol=1e-6)
+
+
+def test_fold_keeps_the_kernel_s_dtype_and_takes_a_traced_factor():
+    numbers, kernel = Normalization(jnp.float32(2.0), jnp.float32(0.5)), jnp.ones((3, 2), jnp.bfloat16)
+    folded = jax.jit(fold)(numbers, kernel)
+    chex.assert_trees_all_equal(folded, (2 * kernel, jnp.full(2, -3.0, jnp.bfloat16)))
+
+
+PER_CHANNEL = Normalization(jnp.full(6, 2.0), jnp.full(6, 0.5))
+DENSE, WINDOW = jnp.ones((6, 4)), jnp.ones((3, 3, 6, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((PER_CHANNEL, jnp.ones((24, 4))), r"shape \(6,\) do not fit a kernel of shape \(24, 4\).*jnp.tile"),
+        ((PER_CHANNEL, jnp.ones((3, 4))), r"shape \(6,\) do not fit"),
+        ((PER_CHANNEL, jnp.ones((1, 1, 2, 4))), r"shape \(6,\) do not fit"),  # three groups of 4 features
+        ((jax.tree.map(lambda value: value[None], PER_CHANNEL), DENSE), r"shape \(1, 6\) do not fit"),
+        ((PER_CHANNEL, WINDOW), r"does not say how it pads"),
+        ((PER_CHANNEL, WINDOW, None, "CAUSAL"), r"padding='CAUSAL'"),
+        ((PER_CHANNEL, WINDOW, None, 1), r"padding=1"),
+        ((PER_CHANNEL, WINDOW, None, [(0, 0), (0, 1)]), r"pads with zeros"),
+        ((PER_CHANNEL, WINDOW, None, "same"), r"unknown padding 'same'; expected numbers or one of SAME"),
+    ],
+)
+def test_what_cannot_be_folded_is_named(arguments, message):
+    numbers, kernel, *rest = arguments
+    bias, padding = rest or (None, None)
+    with pytest.raises(ValueError, match=message):
+        fold(numbers, kernel, bias, padding=padding)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "CAUSAL", 2, [(0, 1), 0], None])
+def test_without_a_shift_padding_does_not_matter(padding):
+    kernel, bias = fold(PER_CHANNEL._replace(shift=jnp.zeros(6)), WINDOW, jnp.ones(4), padding=padding)
+    chex.assert_trees_all_equal((kernel, bias), (2 * WINDOW, jnp.ones(4)))
+
+
+def test_a_linen_layer_without_variables_is_told_how():
+    layer = anact_jax.linen.NReLU(use_running_average=True, learnable=True)
+    for wrong in (layer, layer.bind({}), layer.bind({"batch_stats": {"NReLU_0": {}}})):
+        with pytest.raises(ValueError, match=r"layer.bind\({'batch_stats': ..., 'params': ...}\)"):
+            constants(wrong)
+    state = layer.init(jax.random.key(0), IMAGES)["batch_stats"]
+    with pytest.raises(ValueError, match="no params/alpha"):
+        constants(layer.bind({"batch_stats": state}))
+    stacked = jax.tree.map(lambda value: jnp.stack([value, value]), state)
+    with pytest.raises(ValueError, match=r"shape \(2, 3\).*take one's state first"):
+        as_function(layer.copy(learnable=False).bind({"batch_stats": stacked}))
