@@ -119,8 +119,8 @@ def propagate(layers: Sequence[Element], *, input_sq: ByExample = 1.0, gradient_
     - `E[a'] = E[u] + E[v]` and `E[a'^2] = E[u^2] + E[v^2] + 2 E[u] E[v]`;
     - `E[(dL/da)^2]` is the sum of what the two paths make of `E[(dL/da')^2]`, each as if it were alone.
 
-    The mean over units, `E[a_l] = lambda_l (E[f(z_l)] - c_l)`, is what uncentered branches pile up. Of an odd f the rule
-    `exact` has two shifts of equal size, and each batch draws its sign anew, which no prediction can follow.
+    The mean over units, `E[a_l] = lambda_l (E[f(z_l)] - c_l)`, is what uncentered branches pile up. Of an odd f the
+    rule `exact` has two shifts of equal size, and each batch draws its sign anew, which no prediction can follow.
 
     For convolutions that is without borders (circular padding), and for the weight gradient with
     dL/da uncorrelated between the places of the last layer's output. Factors and shifts are

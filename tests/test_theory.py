@@ -15,8 +15,6 @@ from anact_jax import (
     ACTIVATIONS,
     Normalization,
     activation_stats,
-    anact,
-    gaussian_stats,
     normalization,
     normalize,
 )
@@ -39,11 +37,6 @@ def layer(f, options, fan_in, fan_out, **more):
     if options is not None:
         more["normalization"] = functools.partial(normalization, **options)
     return Layer(f, fan_in, fan_out, **more)
-
-
-def activate(f, options, z):
-    """As a module does in training."""
-    return f(z) if options is None else anact(f, z, gaussian_stats(f), **options)[0]
 
 
 def monte_carlo(variances, weights, output, batch):
@@ -69,23 +62,45 @@ def layers_of(elements):
             yield element
 
 
+def run(elements, a, parts, record):
+    """Output of a network with weights and added terms from `parts`; what enters and leaves layers goes to `record`."""
+    for element in elements:
+        if isinstance(element, Residual):
+            branch = run(element.branch, a, parts, record)
+            a = branch + run(element.shortcut, a, parts, record)
+            continue
+        if isinstance(element, Layer):
+            weight, term = next(parts)
+            entering, a = a, (a @ weight if weight.ndim == 2 else convolve(element, a, weight)) + term
+            record.append((entering, a))
+        factor, shift = element.normalization(activation_stats(element.f, jax.lax.stop_gradient(a)))
+        a = normalize(element.f, a, factor, shift)
+    return a
+
+
+class Convolution(Layer):
+    """A layer with the `shape` of its kernel, its `stride`, and the `side` of its output, which is square."""
+
+
+def convolution(n, m, side, f=linear, options=None, *, size=3, stride=1):
+    area = size**2
+    plain = layer(f, options, area * n, area * m / stride**2, weight_var=1 / (area * n), positions=side**2)
+    made = Convolution(*plain)
+    made.shape, made.stride, made.side = (size, size, n, m), stride, side
+    return made
+
+
+def convolve(layer, a, weight):
+    """With circular padding."""
+    margin, dimensions = len(weight) // 2, ("NHWC", "HWIO", "NHWC")
+    padded = jnp.pad(a, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="wrap")
+    strides = (layer.stride, layer.stride)
+    return jax.lax.conv_general_dilated(padded, weight, strides, "VALID", dimension_numbers=dimensions)
+
+
 def dense(elements, x):
     """Variances by layer and example in networks of dense layers, and theory; factors are those of the batch."""
     layers = list(layers_of(elements))
-
-    def run(elements, a, parts, record):
-        for element in elements:
-            if isinstance(element, Residual):
-                branch = run(element.branch, a, parts, record)
-                a = branch + run(element.shortcut, a, parts, record)
-                continue
-            if isinstance(element, Layer):
-                weight, term = next(parts)
-                entering, a = a, a @ weight + term
-                record.append((entering, a))
-            factor, shift = element.normalization(activation_stats(element.f, jax.lax.stop_gradient(a)))
-            a = normalize(element.f, a, factor, shift)
-        return a
 
     def loss(added, weights, cotangent):
         record = []
@@ -188,44 +203,60 @@ def test_residual_blocks(form, name, kind):
     check_means(*dense(residual_network(form, ACTIVATIONS[name], OPTIONS[kind]), x))
 
 
+def chain_of_convolutions(f, options):
+    return [
+        convolution(48, 64, 8, f, options),
+        convolution(64, 96, 4, f, options, stride=2),
+        convolution(96, 64, 4, f, options),
+    ]
+
+
+def residual_convolutions(f, options):
+    act = layer(f, options, 1, 1, weight_var=1.0)
+    first = Elementwise(f, act.normalization)
+    smaller = Residual([first, convolution(64, 96, 4, stride=2)], [convolution(64, 96, 4, size=1, stride=2)])
+    block = Residual([convolution(96, 96, 4, f, options)])
+    return [convolution(48, 64, 8), smaller, block, convolution(96, 64, 4)]
+
+
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("network", "name", "kind"),
     [
-        ("swish", "mean"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("relu", "plain"), ("tanh", "exact")]),
+        (chain_of_convolutions, "swish", "mean"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (chain_of_convolutions, "relu", "plain"),
+                (chain_of_convolutions, "tanh", "exact"),
+                (residual_convolutions, "relu", "plain"),
+                (residual_convolutions, "swish", "unit"),
+                (residual_convolutions, "gelu", "centered"),
+            ]
+        ),
     ],
 )
-def test_convolutions(name, kind):
-    """Circular padding, strides of 1, 2 and 1, unequal numbers of channels; weight gradients by autodiff."""
-    f, options, channels, strides, sides = ACTIVATIONS[name], OPTIONS[kind], (48, 64, 96, 64), (1, 2, 1), (8, 4, 4)
-    x = jax.random.normal(jax.random.key(1), (4, 8, 8, channels[0]))
-    pairs = list(itertools.pairwise(channels))
+def test_convolutions(network, name, kind):
+    """Strides of 1 and 2, unequal numbers of channels; weight gradients of one example, factors of all, by autodiff."""
+    elements, x = network(ACTIVATIONS[name], OPTIONS[kind]), jax.random.normal(jax.random.key(1), (4, 8, 8, 48))
+    layers = list(layers_of(elements))
 
     def loss(weights, added, cotangent):
-        a, signals = x, []
-        for weight, term, stride in zip(weights, added, strides, strict=True):
-            padded = jnp.pad(a, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="wrap")
-            z = jax.lax.conv_general_dilated(
-                padded, weight, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-            signals.append(z + term)
-            a = activate(f, options, signals[-1])
-        return jnp.sum(a[0] * cotangent[0]), signals  # of one example; the factor is that of all
+        record = []
+        a = run(elements, x, zip(weights, added, strict=True), record)
+        return jnp.sum(a[0] * cotangent[0]), [
+            signal for _, signal in record
+        ]  # of one example; the factor is that of all
 
     @jax.jit
     def variances(weights, cotangent):
-        zeros = [jnp.zeros((len(x), side, side, m)) for side, m in zip(sides, channels[1:], strict=True)]
+        zeros = [jnp.zeros((len(x), each.side, each.side, each.shape[-1])) for each in layers]
         (of_weights, deltas), signals = jax.grad(loss, (0, 1), has_aux=True)(weights, zeros, cotangent)
         by_layer = (signals, [delta[0] for delta in deltas], of_weights)
         return Variances(*(jnp.stack([jnp.mean(v**2) for v in values]) for values in by_layer))
 
-    shapes = [((3, 3, n, m), np.sqrt(1 / (9 * n))) for n, m in pairs]
-    found = monte_carlo(variances, shapes, (4, 4, channels[-1]), len(x))
-    layers = [
-        layer(f, options, 9 * n, 9 * m / stride**2, weight_var=1 / (9 * n), positions=side**2)
-        for (n, m), stride, side in zip(pairs, strides, sides, strict=True)
-    ]
-    predicted = propagate(layers, input_sq=jnp.mean(x**2))
+    weights = [(each.shape, np.sqrt(each.weight_var)) for each in layers]
+    found = monte_carlo(variances, weights, (layers[-1].side, layers[-1].side, layers[-1].shape[-1]), len(x))
+    predicted = propagate(elements, input_sq=jnp.mean(x**2))
     for field, values, expected in zip(Variances._fields, found, predicted, strict=True):
         np.testing.assert_allclose(values, expected, rtol=0.1, err_msg=field)
 
