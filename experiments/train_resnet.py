@@ -7,16 +7,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import flax.linen as nn
 import tyro
 
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
-from experiments.config import TrainConfig
-from experiments.data import DataError, evaluation_batches
-from experiments.gains import layer_gains
-from experiments.loop import DivergenceError, train
+from experiments.checkpoints import CheckpointError, Checkpoints
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, fail, say
+from experiments.config import SETTINGS, TrainConfig, read_settings
+from experiments.data import DataError, Dataset, evaluation_batches, training_batches
+from experiments.gains import layer_gains, worst_gains
+from experiments.loop import BadStepError, PreemptedError, first_state, train
 from experiments.models import check_name
 from experiments.network import check_devices, make_network
 from experiments.presets import PRESETS
+from experiments.processes import StopSignal
 from experiments.report import MetricsLog, draw_gains, draw_learning_curves
 from experiments.steps import make_steps
 
@@ -25,30 +28,45 @@ GAIN_IMAGES = 256  # test images on which the gains in the picture are measured
 
 def main() -> int:
     """Runs the program and returns its exit status."""
+    stop = StopSignal()
     try:
         config = parse(sys.argv[1:])
         config.check()
+        workdir = find_workdir(config)
         dataset = config.load_data()
         check_devices(config.batch_size)
         model = make_network(config, dataset)
-        workdir = make_workdir(config)
+        prepare_workdir(workdir, config)
     except (DataError, ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
 
-    status, outcome = 0, ""
     try:
-        with MetricsLog(workdir) as log:
-            state, accuracy = train(make_steps(model, config, dataset), dataset, config, log)
-        images = next(evaluation_batches(dataset, GAIN_IMAGES)).images
-        draw_gains(layer_gains(model, state.variables, images), workdir)
-        outcome = f"test_accuracy={accuracy:.4f} workdir={workdir}"
-    except DivergenceError as error:
+        with Checkpoints(workdir, config) as checkpoints:
+            steps = make_steps(model, config, dataset)
+            try:
+                start = checkpoints.restore(first_state(steps, config), say)
+            except ValueError as error:
+                return fail(str(error), BAD_SETTINGS)
+            if start is not None:
+                say(f"going on from step {start.step} in {workdir}")
+            with MetricsLog(workdir, start.records if start else ()) as log:
+                state, accuracy = train(steps, dataset, config, log, start=start, checkpoints=checkpoints, stop=stop)
+    except BadStepError as error:
+        where = gains_at(error, model, dataset, config)
+        status = fail(f"{error}; {where}; what was measured is in {workdir}", FAILED)
+    except (CheckpointError, DataError) as error:
         status = fail(f"{error}; what was measured is in {workdir}", FAILED)
+    except PreemptedError:
+        status = fail(f"asked to stop; saved, the same command with --workdir {workdir} goes on", PREEMPTED)
     except KeyboardInterrupt:
         status = fail(f"interrupted; what was measured is in {workdir}", INTERRUPTED)
+    else:
+        status = 0
+        images = next(evaluation_batches(dataset, GAIN_IMAGES)).images
+        draw_gains(layer_gains(model, state.variables, images), workdir)
     draw_learning_curves(workdir)
-    if outcome:
-        print(outcome)
+    if status == 0:
+        print(f"test_accuracy={accuracy:.4f} workdir={workdir}")
     return status
 
 
@@ -67,20 +85,46 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     return tyro.cli(TrainConfig, args=rest, default=PRESETS[known.preset].config, description=description)
 
 
-def make_workdir(config: TrainConfig) -> Path:
-    """Makes the folder for results and writes the settings there.
+def find_workdir(config: TrainConfig) -> Path:
+    """The folder for results, which may be new, or hold this run already.
 
     Raises:
-        ValueError: it holds a run already.
-        OSError: it cannot be written.
+        ValueError: it holds another run.
     """
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     workdir = config.workdir or Path("runs", f"{config.model}-{config.activation}-{now}")
-    workdir.mkdir(parents=True, exist_ok=True)
-    if (workdir / "metrics.jsonl").exists():
+    if (workdir / SETTINGS).exists():
+        config.check_same_run(read_settings(workdir), workdir)
+    elif (workdir / "metrics.jsonl").exists():
         raise ValueError(f"{workdir} holds a run already; give another --workdir")
-    (workdir / "config.json").write_text(config.to_json())
     return workdir
+
+
+def prepare_workdir(workdir: Path, config: TrainConfig) -> None:
+    """Makes the folder and writes the settings there, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished = workdir / f"{SETTINGS}.part"
+    unfinished.write_text(config.to_json())
+    unfinished.rename(workdir / SETTINGS)
+
+
+def gains_at(error: BadStepError, model: nn.Module, dataset: Dataset, config: TrainConfig) -> str:
+    """In words, the worst gains in the network on the batch that it could not take."""
+    batch = next(
+        training_batches(
+            dataset,
+            config.batch_size,
+            seed=config.seed,
+            epochs=config.epochs,
+            augmentation=config.augmentation(dataset),
+            start=error.step - 1,
+        )
+    )
+    return worst_gains(layer_gains(model, error.variables, batch.images))
 
 
 if __name__ == "__main__":
