@@ -1,6 +1,7 @@
 """Checkpoints of a training run, through Orbax: written while training goes on, whole or not at all."""
 
 import logging
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,8 @@ from experiments.data.sets import one_line
 from experiments.report import Record
 from experiments.steps import TrainState
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs with a traceback what it raises as well
+for _logger in ("absl", "asyncio"):  # where Orbax logs with a traceback what it raises as well
+    logging.getLogger(_logger).setLevel(logging.CRITICAL)
 
 _SCORE = "test_accuracy"
 
@@ -121,7 +123,7 @@ class Checkpoints:
                 saved = {name: leaf.shape for name, leaf in self._manager.item_metadata(step)["state"].tree.items()}
                 settings = progress.pop("config")
             except Exception as error:  # whatever the readers of a damaged file raise
-                problem = one_line(error)
+                problem = _in_short(error)
             else:
                 self._config.check_same_run(settings, self._folder)
                 wanted = _by_name(start)
@@ -131,7 +133,7 @@ class Checkpoints:
                 try:
                     state = wanted | self._read(step, state=ocp.args.StandardRestore(layout))["state"]
                 except Exception as error:
-                    problem = one_line(error)
+                    problem = _in_short(error)
                 else:
                     for number in damaged:
                         self._manager.delete(number)
@@ -158,7 +160,9 @@ class Checkpoints:
         """Raises ValueError unless these shapes are the same, but for statistics that may be missing."""
         missing = [name for name in wanted if name not in saved]
         other = [
-            f"{name} {saved[name]}, now {wanted.get(name, 'none')}" for name in saved if saved[name] != wanted.get(name)
+            f"{name} {shape}, now {wanted.get(name, 'none')}"
+            for name, shape in sorted(saved.items(), reverse=True)  # params before batch_stats
+            if shape != wanted.get(name)
         ]
         where = f"checkpoint {self._folder / str(step)}"
         if other or not all(name.startswith("batch_stats/") for name in missing):
@@ -171,7 +175,7 @@ class Checkpoints:
             )
 
     def _unwritten(self, error: Exception) -> str:
-        return f"cannot write a checkpoint to {self._folder} ({one_line(error)}); those written before are whole"
+        return f"cannot write a checkpoint to {self._folder} ({_in_short(error)}); those written before are whole"
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -179,13 +183,20 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.wait()
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as problem:
+            if not isinstance(error, CheckpointError):  # which has told of it
+                raise CheckpointError(self._unwritten(problem)) from problem
 
 
 def _score(metrics: dict[str, float]) -> float:
     return metrics[_SCORE]
+
+
+def _in_short(error: Exception) -> str:
+    """TensorStore's lines hold all of its settings."""
+    return textwrap.shorten(one_line(error), 160, placeholder=" ...")
 
 
 def _by_name(state: TrainState) -> dict[str, Array]:

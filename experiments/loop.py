@@ -15,7 +15,7 @@ from experiments.config import TrainConfig
 from experiments.data import Batch, Dataset, Shard, evaluation_batches, training_batches
 from experiments.gains import factor_range
 from experiments.report import Record
-from experiments.steps import Steps, TrainState, parameter_names, steps_per_epoch
+from experiments.steps import Steps, TrainState, layer_names, steps_per_epoch
 
 _RECORDS_PER_EPOCH = 5
 
@@ -118,6 +118,8 @@ def train(
     def heed() -> None:
         if stop():
             save()
+            if checkpoints is not None:
+                checkpoints.wait()
             raise PreemptedError
 
     for epoch in range(config.epochs):
@@ -200,8 +202,9 @@ def _checked(position: Position, config: TrainConfig) -> Position:
     for step, metrics in enumerate(jax.device_get(position.recent), start=position.step - len(position.recent) + 1):
         sound = bool(metrics["sound"])
         if not sound and not config.skip_bad_steps:
-            names = parameter_names(position.state.params)
-            bad = [name for name, good in zip(names, metrics["sound_gradient"], strict=True) if not good]
+            layers = layer_names(position.state.params)
+            bad = [name for name, good in zip(layers, metrics["sound_gradient"], strict=True) if not good]
+            bad = list(dict.fromkeys(bad))
             where = f"the gradient of {', '.join(bad[:3])}{', ...' if bad[3:] else ''} is not finite; " if bad else ""
             raise BadStepError(
                 f"the loss is {metrics['loss']} at step {step}; {where}a smaller --learning-rate may help",
@@ -217,7 +220,7 @@ def _mean_of(recent: tuple[dict[str, Any], ...]) -> dict[str, float]:
     """Means over the steps that were not left out, and the number of those that were, if any."""
     sound = [metrics for metrics in recent if metrics["sound"]]
     values = {f"train_{name}": float(np.mean([m[name] for m in sound])) for name in ("loss", "accuracy") if sound}
-    return values | ({"steps_left_out": len(recent) - len(sound)} if len(sound) < len(recent) else {})
+    return values | ({"steps_left_out": float(len(recent) - len(sound))} if len(sound) < len(recent) else {})
 
 
 def _latest_test(position: Position) -> dict[str, float]:
@@ -231,7 +234,7 @@ def _summary(values: dict[str, float]) -> str:
     if "train_loss" in values:
         parts += [f"loss {values['train_loss']:.3f}", f"accuracy {values['train_accuracy']:.3f}"]
     if "steps_left_out" in values:
-        parts.append(f"{values['steps_left_out']} steps left out")
+        parts.append(f"{values['steps_left_out']:g} steps left out")
     if "factor_min" in values:
         parts.append(f"factors {values['factor_min']:.2f} to {values['factor_max']:.2f}")
     if "test_accuracy" in values:

@@ -108,7 +108,7 @@ def make_train_step(
 
     Guarded, a step whose loss, gradient or next state is not finite changes nothing but the number of steps. The
     metrics then tell whether it was `sound`, and the same of each parameter's gradient, `sound_gradient`, in the
-    order of `parameter_names`.
+    order of `layer_names`.
     """
 
     def loss(params: PyTree[Array], state: TrainState, batch: Batch) -> tuple[Array, tuple[Array, PyTree[Array]]]:
@@ -133,9 +133,10 @@ def make_train_step(
     return step
 
 
-def parameter_names(params: PyTree[Array]) -> list[str]:
-    """Names such as `Dense_0/kernel`, in the order of the tree."""
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
+def layer_names(params: PyTree[Array]) -> list[str]:
+    """For each parameter, in the order of the tree, the layer that has it."""
+    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    return [jax.tree_util.keystr(path[:-1], simple=True, separator="/") for path in paths]
 
 
 def _finite(tree: PyTree[Array]) -> Bool[Array, " leaves"]:
