@@ -51,10 +51,10 @@ class Position(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, in `checkpoints/` of its folder: the last `config.keep` and the best.
 
-    A context manager; at its end it waits for the last checkpoint.
+    A context manager; at its end it waits for the last checkpoint. With `read_only` nothing is written or removed.
     """
 
-    def __init__(self, workdir: Path, config: TrainConfig) -> None:
+    def __init__(self, workdir: Path, config: TrainConfig, *, read_only: bool = False) -> None:
         self._config, self._folder = config, (workdir / "checkpoints").absolute()
         self._saved: tuple[int, bool] | None = None
         policies = [
@@ -62,7 +62,11 @@ class Checkpoints:
             BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
         ]
         options = ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=True, best_fn=_score, preservation_policy=AnyPreservationPolicy(policies)
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            best_fn=_score,
+            preservation_policy=AnyPreservationPolicy(policies),
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
@@ -104,12 +108,13 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(self._unwritten(error)) from error
 
-    def restore(self, start: TrainState, on_damage: Callable[[str], None]) -> Position | None:
+    def restore(self, start: TrainState, on_damage: Callable[[str], None], *, best: bool = False) -> Position | None:
         """Where the run stood at its last checkpoint that can be read; None if it has none.
 
         Args:
             start: a state of this run, whose devices the restored one is laid out on.
             on_damage: told of each newer checkpoint that cannot be read, in one line. They are removed.
+            best: take the one with the best test accuracy first.
 
         Raises:
             ValueError: the checkpoint is of a run with other settings, or of a network with other arrays.
@@ -117,7 +122,10 @@ class Checkpoints:
         """
         damaged: list[int] = []
         problem = ""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        order = sorted(self._manager.all_steps(), reverse=True)
+        if best and (favourite := self._manager.best_step()) is not None:
+            order = [favourite, *(step for step in order if step != favourite)]
+        for step in order:
             try:
                 progress = self._read(step, progress=ocp.args.JsonRestore())["progress"]
                 saved = {name: leaf.shape for name, leaf in self._manager.item_metadata(step)["state"].tree.items()}

@@ -227,6 +227,21 @@ def read_settings(workdir: Path) -> dict[str, Any]:
     return settings
 
 
+def read_config(workdir: Path) -> TrainConfig:
+    """The settings of the run in a folder.
+
+    Raises:
+        OSError: there is none.
+        ValueError: the file is damaged, or has settings that there are no more.
+    """
+    settings = read_settings(workdir)
+    unknown = sorted(settings.keys() - TrainConfig().settings.keys())
+    if unknown:
+        raise ValueError(f"{workdir / SETTINGS} has settings that are not known here: {', '.join(unknown)}")
+    folders = {name: Path(settings[name]) for name in ("data_dir", "workdir") if settings.get(name)}
+    return TrainConfig(**settings | folders)
+
+
 def check_positive(name: str, value: int | float) -> None:
     """Raises ValueError unless it is a positive number."""
     if not 0 < value < float("inf"):

@@ -1,7 +1,7 @@
 """Being asked to stop, as one process or as one of several."""
 
 import signal
-from types import FrameType
+from types import FrameType, TracebackType
 
 
 class StopSignal:
@@ -9,11 +9,19 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._received = False
-        signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
 
     def __call__(self) -> bool:
         """Whether the run is to stop now."""
         return self._received
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+
+    def __enter__(self) -> "StopSignal":
+        self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._before)

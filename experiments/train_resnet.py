@@ -28,7 +28,12 @@ GAIN_IMAGES = 256  # test images on which the gains in the picture are measured
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    stop = StopSignal()
+    with StopSignal() as stop:
+        return run(stop)
+
+
+def run(stop: StopSignal) -> int:
+    """The program, which saves and ends when `stop` says so."""
     try:
         config = parse(sys.argv[1:])
         config.check()

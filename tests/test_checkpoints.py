@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-import threading
 
 import chex
 import jax
@@ -60,7 +59,10 @@ def saved_steps(workdir):
 
 
 # The loop asks 16 times in the steps of each epoch and twice in its evaluation.
-@pytest.mark.parametrize(("call", "last"), [(1, 1), (16, 16), (17, 16), (24, 22), (36, 32)])
+@pytest.mark.parametrize(
+    ("call", "last"),
+    [(17, 16), (24, 22), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (16, 16), (36, 32)))],
+)
 def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(steps, whole, tmp_path, call, last):
     with pytest.raises(PreemptedError):
         go_on(steps, tmp_path, stop=stop_at(call))
@@ -68,11 +70,13 @@ def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(steps, whole, tmp_pat
     chex.assert_trees_all_equal(go_on(steps, tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_a_finished_run_gives_the_same_again(steps, whole, tmp_path):
     go_on(steps, tmp_path)
     chex.assert_trees_all_equal(go_on(steps, tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_however_often_it_is_stopped_no_example_comes_twice_or_never(tmp_path):
     settings = config(epochs=2, batch_size=256)
     seen = []
@@ -102,6 +106,7 @@ def test_the_last_and_the_best_are_kept(steps, tmp_path):
     assert saved_steps(tmp_path) == [2, 5, 6]
 
 
+@pytest.mark.slow
 def test_training_on_does_not_change_what_is_being_saved(tmp_path):
     """The next step takes over the memory of the state that it is given."""
     settings = config()
@@ -196,6 +201,7 @@ def test_another_network_is_refused(interrupted):
         go_on(other, interrupted)
 
 
+@pytest.mark.slow
 def test_statistics_that_a_checkpoint_lacks_start_anew_only_when_asked_for(tmp_path):
     plain = dataclasses.replace(SETTINGS, activation="swish")
     normalized = dataclasses.replace(SETTINGS, activation="nswish", epochs=2)
@@ -242,12 +248,6 @@ def test_a_folder_that_is_gone_is_seen(steps, tmp_path):
         go_on(steps, tmp_path, stop=remove)
 
 
-def test_no_thread_is_left(steps, tmp_path):
-    before = threading.active_count()
-    go_on(steps, tmp_path)
-    assert threading.active_count() <= before + 2  # TensorStore's and TensorBoard's pools
-
-
 # Numbers that are not finite.
 
 
@@ -261,7 +261,7 @@ def with_bad_step(steps, at, value=np.nan):
     return steps._replace(train=spoiled)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("value", [np.nan, *(pytest.param(value, marks=pytest.mark.slow) for value in (np.inf, 1e30))])
 def test_a_bad_step_stops_the_run_and_keeps_the_last_good_checkpoint(steps, tmp_path, value):
     with pytest.raises(BadStepError, match=r"loss is .* at step 22; the gradient of BatchNorm_0, .*is not") as caught:
         go_on(with_bad_step(steps, 22, value), tmp_path)
@@ -273,6 +273,7 @@ def test_a_bad_step_stops_the_run_and_keeps_the_last_good_checkpoint(steps, tmp_
     chex.assert_tree_all_finite(jax.device_get(found.state))
 
 
+@pytest.mark.slow
 def test_a_bad_step_left_out_changes_nothing_but_the_count(steps, tmp_path):
     settings = dataclasses.replace(SETTINGS, skip_bad_steps=True)
     state = first_state(steps, settings)
