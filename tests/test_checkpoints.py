@@ -59,10 +59,10 @@ def saved_steps(workdir):
 
 
 # The loop asks 16 times in the steps of each epoch and twice in its evaluation.
-@pytest.mark.parametrize(
-    ("call", "last"),
-    [(17, 16), (24, 22), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (16, 16), (36, 32)))],
-)
+RARER = [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (16, 16), (36, 32))]
+
+
+@pytest.mark.parametrize(("call", "last"), [(17, 16), (24, 22), *RARER])
 def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(steps, whole, tmp_path, call, last):
     with pytest.raises(PreemptedError):
         go_on(steps, tmp_path, stop=stop_at(call))
@@ -239,7 +239,7 @@ def test_an_old_checkpoint_of_the_same_settings_without_statistics(tmp_path, ste
 
 def test_a_folder_that_is_gone_is_seen(steps, tmp_path):
     def remove():
-        if len(saved_steps(tmp_path)) == 3:
+        if (tmp_path / "checkpoints").is_dir() and len(saved_steps(tmp_path)) == 3:
             shutil.rmtree(tmp_path / "checkpoints")
             (tmp_path / "checkpoints").write_text("in the way")
         return False

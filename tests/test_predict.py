@@ -37,7 +37,7 @@ def test_an_image_file_is_read_as_the_data_set_has_it(tmp_path):
     Image.fromarray(np.rint(image[..., 0] / 16 * 255).astype(np.uint8)).save(tmp_path / "digit.png")
     np.testing.assert_array_equal(read_image(tmp_path / "digit.png", digits), image)
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match="text.png is not an image file"):
+    with pytest.raises(ValueError, match=r"text\.png is not an image file"):
         read_image(tmp_path / "text.png", digits)
 
 
