@@ -24,6 +24,9 @@ NO_PART_IN_THE_RESULT = (
     "keep",
     "skip_bad_steps",  # as long as no step is bad
     "fresh_statistics",
+    "coordinator",
+    "processes",
+    "process",
 )
 
 
@@ -167,6 +170,12 @@ class TrainConfig(Recipe):
     """leave a step out whose loss or gradient is not finite, instead of stopping"""
     fresh_statistics: bool = False
     """go on from a checkpoint of another --activation, or without normalization: statistics that it lacks start anew"""
+    processes: int = 1
+    """processes that train together, each with its part of every batch; start all, with the same --workdir"""
+    process: int = 0
+    """which of them this one is, from 0; process 0 writes the results"""
+    coordinator: str | None = None
+    """where process 0 listens to the others, as in 127.0.0.1:7000"""
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be; `make_network` tries the network's."""
@@ -180,6 +189,10 @@ class TrainConfig(Recipe):
             check_positive("nonlinearity", self.nonlinearity)
         check_not_negative("seed", self.seed)
         check_not_negative("save_every_steps", self.save_every_steps)
+        if not 0 <= self.process < self.processes:
+            raise ValueError(f"process must lie between 0 and processes - 1 ({self.processes - 1}), got {self.process}")
+        if self.processes > 1 and not (self.coordinator and self.workdir):
+            raise ValueError(f"{self.processes} processes need a --coordinator, as in 127.0.0.1:7000, and a --workdir")
         if self.keep < 1:
             raise ValueError(f"keep must be at least 1, got {self.keep}")
         check_fraction("activation_momentum", self.activation_momentum)

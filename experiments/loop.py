@@ -130,7 +130,7 @@ def train(
             initial=min(per_epoch, max(0, position.step - first)),
             desc=f"epoch {epoch + 1}/{config.epochs}",
             unit="step",
-            disable=not show_progress or position.step >= end,
+            disable=not show_progress or position.step >= end or jax.process_index() > 0,
         )
         for batch in bar:
             state, metrics = steps.train(position.state, _placed(batch, over_devices))

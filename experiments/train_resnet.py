@@ -1,26 +1,30 @@
 """Trains a residual network: parse, wire, call the loop. See `python experiments/train_resnet.py --help`."""
 
 import argparse
+import contextlib
 import datetime
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import flax.linen as nn
+import jax
 import tyro
 
 from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, fail, say
 from experiments.config import SETTINGS, TrainConfig, read_settings
 from experiments.data import DataError, Dataset, evaluation_batches, training_batches
+from experiments.data.sets import one_line
 from experiments.gains import layer_gains, worst_gains
 from experiments.loop import BadStepError, PreemptedError, first_state, train
 from experiments.models import check_name
 from experiments.network import check_devices, make_network
 from experiments.presets import PRESETS
-from experiments.processes import StopSignal
-from experiments.report import MetricsLog, draw_gains, draw_learning_curves
+from experiments.processes import StopSignal, connect
+from experiments.report import MetricsLog, Unheard, draw_gains, draw_learning_curves
 from experiments.steps import make_steps
 
 GAIN_IMAGES = 256  # test images on which the gains in the picture are measured
@@ -38,10 +42,12 @@ def run(stop: StopSignal) -> int:
         config = parse(sys.argv[1:])
         config.check()
         workdir = find_workdir(config)
+        connect(config)
         dataset = config.load_data()
         check_devices(config.batch_size)
         model = make_network(config, dataset)
-        prepare_workdir(workdir, config)
+        if config.process == 0:
+            prepare_workdir(workdir, config)
     except (DataError, ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
 
@@ -54,21 +60,30 @@ def run(stop: StopSignal) -> int:
                 return fail(str(error), BAD_SETTINGS)
             if start is not None:
                 say(f"going on from step {start.step} in {workdir}")
-            with MetricsLog(workdir, start.records if start else ()) as log:
+            records = start.records if start else ()
+            with MetricsLog(workdir, records) if config.process == 0 else contextlib.nullcontext(Unheard()) as log:
                 state, accuracy = train(steps, dataset, config, log, start=start, checkpoints=checkpoints, stop=stop)
     except BadStepError as error:
         where = gains_at(error, model, dataset, config)
         status = fail(f"{error}; {where}; what was measured is in {workdir}", FAILED)
     except (CheckpointError, DataError) as error:
         status = fail(f"{error}; what was measured is in {workdir}", FAILED)
+    except jax.errors.JaxRuntimeError as error:
+        hint = "is another process gone? Start all again, with the same commands; " if config.processes > 1 else ""
+        status = fail(f"{one_line(error)}; {hint}what was measured is in {workdir}", FAILED)
+        if config.processes > 1:
+            os._exit(status)  # the way out waits for the others
     except PreemptedError:
         status = fail(f"asked to stop; saved, the same command with --workdir {workdir} goes on", PREEMPTED)
     except KeyboardInterrupt:
         status = fail(f"interrupted; what was measured is in {workdir}", INTERRUPTED)
     else:
         status = 0
+    if config.process > 0:
+        return status
+    if status == 0:
         images = next(evaluation_batches(dataset, GAIN_IMAGES)).images
-        draw_gains(layer_gains(model, state.variables, images), workdir)
+        draw_gains(layer_gains(model, jax.device_get(state.variables), images), workdir)
     draw_learning_curves(workdir)
     if status == 0:
         print(f"test_accuracy={accuracy:.4f} workdir={workdir}")
@@ -129,7 +144,7 @@ def gains_at(error: BadStepError, model: nn.Module, dataset: Dataset, config: Tr
             start=error.step - 1,
         )
     )
-    return worst_gains(layer_gains(model, error.variables, batch.images))
+    return worst_gains(layer_gains(model, jax.device_get(error.variables), batch.images))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from experiments.report import read_metrics
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = "--model mlp5 --epochs 4 --batch-size 64 --train-images 512 --save-every-steps 1 --keep 2".split()
+SETTINGS = ["--model=mlp5", "--epochs=4", "--batch-size=64", "--train-images=512", "--save-every-steps=1", "--keep=2"]
 STEPS = 32
 
 
