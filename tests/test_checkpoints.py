@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_train_resnet import DATASET, config, small_model
 
 from experiments import train_resnet
 from experiments.checkpoints import CheckpointError, Checkpoints, Position
 from experiments.data import training_batches
+from experiments.data.pipeline import standardize
 from experiments.loop import BadStepError, PreemptedError, evaluate, first_state, train
 from experiments.report import MetricsLog, read_metrics
 from experiments.steps import make_steps
@@ -123,6 +125,21 @@ def test_training_on_does_not_change_what_is_being_saved(tmp_path):
             checkpoints.wait()
             found = checkpoints.restore(state, print)
         chex.assert_trees_all_equal(jax.device_get(found.state), expected)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_saved_on_eight_devices_it_is_the_same_network_on_fewer(steps, whole, tmp_path, devices):
+    state, *_ = whole
+    on_eight = jax.device_put(state, NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec()))
+    some = NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec())
+    with Checkpoints(tmp_path, SETTINGS) as checkpoints:
+        checkpoints.save(Position(on_eight, 32))
+        checkpoints.wait()
+        found = checkpoints.restore(jax.device_put(state, some), print).state
+    assert len(found.params["Dense_0"]["kernel"].sharding.device_set) == devices
+    images = standardize(DATASET.test.images, DATASET)
+    logits, same = (small_model().apply(s.variables, images, train=False) for s in (state, found))
+    np.testing.assert_allclose(logits, same, rtol=1e-5, atol=1e-5)
 
 
 # What cannot be read.

@@ -3,7 +3,9 @@
 import os
 import random
 import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,15 +34,14 @@ def environment(tmp_path_factory):
 def start(environment):
     """Starts the training program in a folder."""
 
-    def start(workdir, *arguments, **options):
+    def start(workdir, *arguments, devices=1):
         command = [sys.executable, str(ROOT / "experiments" / "train_resnet.py"), *SETTINGS]
         return subprocess.Popen(
             [*command, "--workdir", str(workdir), *arguments],
-            env=environment,
+            env=environment | {"JAX_NUM_CPU_DEVICES": str(devices)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            **options,
         )
 
     return start
@@ -129,10 +130,9 @@ def test_a_full_disk_is_seen_and_what_was_saved_is_whole(start, whole, tmp_path)
     finish(process, status=75)
     step = saved_steps(tmp_path)[-1]
 
-    def no_large_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    _, err = finish(start(tmp_path, preexec_fn=no_large_files), status=1)
+    process = start(tmp_path)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
+    _, err = finish(process, status=1)
     assert f"train_resnet.py: cannot write a checkpoint to {tmp_path}/checkpoints (" in err.splitlines()[-1]
     assert saved_steps(tmp_path)[-1] == step
     finish(start(tmp_path))
@@ -144,3 +144,54 @@ def test_a_loss_that_is_not_finite_is_told_with_its_layer_and_gains(start, tmp_p
     for part in ("the loss is ", " at step ", "the gradient of ", "has forward gain", "what was measured is in"):
         assert part in err.splitlines()[-1]
     assert all(np.isfinite(value).all() for value in arrays(tmp_path).values())
+
+
+def check_the_same_to_rounding(workdir, other):
+    found, expected = read_metrics(workdir), read_metrics(other)
+    assert [list(record) for record in found] == [list(record) for record in expected]
+    for record, same in zip(found, expected, strict=True):
+        np.testing.assert_allclose(list(record.values()), list(same.values()), rtol=1e-2, atol=1e-2)
+    for name, value in arrays(workdir).items():
+        np.testing.assert_allclose(value, arrays(other)[name], rtol=1e-2, atol=1e-3, err_msg=name)
+
+
+def stopped_after(step, workdir, process):
+    until(lambda: (saved_steps(workdir) or [0])[-1] >= step, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, status=75)
+
+
+def test_saved_on_eight_devices_it_goes_on_on_one_two_and_eight(start, tmp_path):
+    first, *others = (tmp_path / str(devices) for devices in (8, 1, 2))
+    stopped_after(9, first, start(first, devices=8))
+    for other in others:
+        shutil.copytree(first, other)
+    for workdir in (first, *others):
+        finish(start(workdir, devices=int(workdir.name)))
+    for other in others:
+        check_the_same_to_rounding(other, first)
+
+
+def together(start, workdir):
+    """Two processes of one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(workdir, "--processes=2", f"--process={i}", f"--coordinator=127.0.0.1:{port}") for i in (0, 1)]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_processes_is_killed_and_the_run_goes_on(start, whole, tmp_path, victim):
+    """First alone, then as two again: the same to rounding as in one process from end to end."""
+    processes = together(start, tmp_path)
+    until(lambda: (saved_steps(tmp_path) or [0])[-1] >= 3, processes[1 - victim])
+    processes[victim].kill()
+    killed = time.monotonic()
+    _, err = finish(processes[1 - victim], status=1)
+    assert time.monotonic() - killed < 60
+    assert "is another process gone? Start all again, with the same commands" in err.splitlines()[-1]
+    processes[victim].communicate()
+    stopped_after(6, tmp_path, start(tmp_path))
+    for process in together(start, tmp_path):
+        finish(process)
+    check_the_same_to_rounding(tmp_path, whole)
