@@ -191,6 +191,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if jax.process_count() > 1 and isinstance(error, CheckpointError | jax.errors.JaxRuntimeError):
+            return  # another process may be gone, and closing waits for all
         try:
             self._manager.close()
         except Exception as problem:

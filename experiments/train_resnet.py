@@ -66,13 +66,13 @@ def run(stop: StopSignal) -> int:
     except BadStepError as error:
         where = gains_at(error, model, dataset, config)
         status = fail(f"{error}; {where}; what was measured is in {workdir}", FAILED)
-    except (CheckpointError, DataError) as error:
-        status = fail(f"{error}; what was measured is in {workdir}", FAILED)
-    except jax.errors.JaxRuntimeError as error:
+    except (CheckpointError, DataError, jax.errors.JaxRuntimeError) as error:
+        message = one_line(error) if isinstance(error, jax.errors.JaxRuntimeError) else str(error)
         hint = "is another process gone? Start all again, with the same commands; " if config.processes > 1 else ""
-        status = fail(f"{one_line(error)}; {hint}what was measured is in {workdir}", FAILED)
+        status = fail(f"{message}; {hint}what was measured is in {workdir}", FAILED)
         if config.processes > 1:
-            os._exit(status)  # the way out waits for the others
+            sys.stderr.flush()
+            os._exit(status)  # the way out of Python waits for the others
     except PreemptedError:
         status = fail(f"asked to stop; saved, the same command with --workdir {workdir} goes on", PREEMPTED)
     except KeyboardInterrupt:
