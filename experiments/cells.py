@@ -13,15 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.config import TrainConfig
+from experiments.config import NO_PART_IN_THE_RESULT, TrainConfig
 from experiments.data import Batch, Dataset, training_batches
 from experiments.loop import evaluate
 from experiments.network import make_network
 from experiments.report import Record
 from experiments.steps import Steps, make_steps, steps_per_epoch
-
-_NO_PART_IN_THE_RESULT = ("workdir", "data_dir", "memory_gib", "workers")
-
 
 _DATA_SETTINGS = ("dataset", "data_dir", "train_images", "validation_images", "half", "pool")
 
@@ -46,7 +43,7 @@ class Cell(NamedTuple):
     def settings(self) -> dict[str, Any]:
         """The same, as a dictionary."""
         fields = dataclasses.asdict(self.config)
-        return {name: value for name, value in fields.items() if name not in _NO_PART_IN_THE_RESULT} | {
+        return {name: value for name, value in fields.items() if name not in NO_PART_IN_THE_RESULT} | {
             "on_test": self.on_test
         }
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
@@ -13,6 +14,20 @@ from experiments.data import DATASETS, Augmentation, Dataset, load, with_subset
 from experiments.models import INITS, MODELS, NORMS, STEMS, TRACKINGS, check_name
 
 OPTIMIZERS = ("sgd", "adam")
+SETTINGS = "config.json"  # file in a run's folder
+NO_PART_IN_THE_RESULT = (
+    "workdir",
+    "data_dir",
+    "memory_gib",
+    "workers",
+    "save_every_steps",
+    "keep",
+    "skip_bad_steps",  # as long as no step is bad
+    "fresh_statistics",
+    "coordinator",
+    "processes",
+    "process",
+)
 
 
 def _one_of(*names: str) -> str:
@@ -146,7 +161,21 @@ class TrainConfig(Recipe):
     seed: int = 0
     """of initial weights and of the order of examples"""
     workdir: Path | None = None
-    """folder for results, made if it does not exist; by default a new one under runs/"""
+    """folder for results, by default a new one under runs/; where it holds this run, interrupted, the run goes on"""
+    save_every_steps: int = 0
+    """steps between checkpoints; 0 saves after each epoch only"""
+    keep: int = 3
+    """how many of the latest checkpoints are kept, beside the one with the best test accuracy"""
+    skip_bad_steps: bool = False
+    """leave a step out whose loss or gradient is not finite, instead of stopping"""
+    fresh_statistics: bool = False
+    """go on from a checkpoint of another --activation, or without normalization: statistics that it lacks start anew"""
+    processes: int = 1
+    """processes that train together, each with its part of every batch; start all, with the same --workdir"""
+    process: int = 0
+    """which of them this one is, from 0; process 0 writes the results"""
+    coordinator: str | None = None
+    """where process 0 listens to the others, as in 127.0.0.1:7000"""
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be; `make_network` tries the network's."""
@@ -159,11 +188,71 @@ class TrainConfig(Recipe):
         if self.nonlinearity is not None:
             check_positive("nonlinearity", self.nonlinearity)
         check_not_negative("seed", self.seed)
+        check_not_negative("save_every_steps", self.save_every_steps)
+        if not 0 <= self.process < self.processes:
+            raise ValueError(f"process must lie between 0 and processes - 1 ({self.processes - 1}), got {self.process}")
+        if self.processes > 1 and not (self.coordinator and self.workdir):
+            raise ValueError(f"{self.processes} processes need a --coordinator, as in 127.0.0.1:7000, and a --workdir")
+        if self.keep < 1:
+            raise ValueError(f"keep must be at least 1, got {self.keep}")
         check_fraction("activation_momentum", self.activation_momentum)
 
     def to_json(self) -> str:
         """All settings, readable."""
-        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+        return json.dumps(self.settings, indent=2) + "\n"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings by name, as JSON holds them."""
+        settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return settings
+
+    def check_same_run(self, saved: Mapping[str, Any], where: Path) -> None:
+        """Raises ValueError, naming the settings that differ, unless a run with settings `saved` can go on with these.
+
+        A setting that `saved` lacks was added since, and had its default.
+        """
+        before, now = TrainConfig().settings | dict(saved), self.settings
+        free = {*NO_PART_IN_THE_RESULT, *(("activation",) if self.fresh_statistics else ())}
+        differing = [
+            f"{name} {before.get(name)!r}, now {now.get(name)!r}"
+            for name in before | now
+            if name not in free and before.get(name) != now.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{where} holds a run with other settings: {'; '.join(differing)}; "
+                "give another --workdir, or the settings of that run"
+            )
+
+
+def read_settings(workdir: Path) -> dict[str, Any]:
+    """The settings of the run in a folder, by name.
+
+    Raises:
+        OSError: there is none.
+        ValueError: the file is damaged.
+    """
+    try:
+        settings: dict[str, Any] = json.loads((workdir / SETTINGS).read_text())
+    except ValueError as error:
+        raise ValueError(f"{workdir / SETTINGS} is damaged ({error}); give another --workdir") from error
+    return settings
+
+
+def read_config(workdir: Path) -> TrainConfig:
+    """The settings of the run in a folder.
+
+    Raises:
+        OSError: there is none.
+        ValueError: the file is damaged, or has settings that there are no more.
+    """
+    settings = read_settings(workdir)
+    unknown = sorted(settings.keys() - TrainConfig().settings.keys())
+    if unknown:
+        raise ValueError(f"{workdir / SETTINGS} has settings that are not known here: {', '.join(unknown)}")
+    folders = {name: Path(settings[name]) for name in ("data_dir", "workdir") if settings.get(name)}
+    return TrainConfig(**settings | folders)
 
 
 def check_positive(name: str, value: int | float) -> None:

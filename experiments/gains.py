@@ -43,6 +43,19 @@ def layer_gains(
     return rows
 
 
+def worst_gains(layers: list[LayerGains]) -> str:
+    """In words, the first activation whose gains are not finite, or else the one with a gain farthest from 1."""
+    if not layers:
+        return "no activation to measure"
+
+    def distance(layer: LayerGains) -> float:
+        values = np.array((layer.forward, layer.backward), np.float64)
+        return float(np.max(np.abs(np.log(values)))) if np.all(np.isfinite(values) & (values > 0)) else np.inf
+
+    worst = max(layers, key=distance)  # the first of equals
+    return f"{worst.name} has forward gain {worst.forward:.3g} and backward gain {worst.backward:.3g}"
+
+
 def factor_range(variables: dict[str, Any], options: dict[str, Any]) -> tuple[Array, Array] | None:
     """Smallest and largest factor in inference, learned corrections included; None without normalized activations."""
     layers = linen_layers(variables, PUBLISHED._replace(**options))

@@ -64,6 +64,6 @@ def make_network(config: TrainConfig, dataset: Dataset, *, convs_by_matmul: bool
 
 def check_devices(batch_size: int) -> None:
     """Raises ValueError where a batch cannot be divided among the devices."""
-    devices = jax.local_device_count()
+    devices = jax.device_count()
     if batch_size % devices:
         raise ValueError(f"batch_size {batch_size} must be a multiple of the number of devices, {devices}")

@@ -1,6 +1,7 @@
 """What a run leaves behind: metrics as lines of JSON and TensorBoard events, and pictures."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -15,11 +16,19 @@ Record: TypeAlias = dict[str, Any]
 
 
 class MetricsLog:
-    """Writes each record at once to `metrics.jsonl` and TensorBoard events: an interrupted run keeps them."""
+    """Writes each record at once to `metrics.jsonl` and TensorBoard events: an interrupted run keeps them.
 
-    def __init__(self, workdir: Path) -> None:
-        self._lines = (workdir / "metrics.jsonl").open("x")
+    It starts with `records`, in place of all that stands there: what an interrupted run wrote after its last
+    checkpoint is measured again.
+    """
+
+    def __init__(self, workdir: Path, records: Iterable[Record] = ()) -> None:
+        for old in workdir.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._lines = (workdir / "metrics.jsonl").open("w")
         self._events = SummaryWriter(str(workdir))
+        for record in records:
+            self.write(**record)
 
     def write(self, step: int, epoch: float, **values: float) -> None:
         """Adds a record; `values` such as `train_loss` become TensorBoard's `train/loss`."""
@@ -37,6 +46,13 @@ class MetricsLog:
     ) -> None:
         self._lines.close()
         self._events.close()
+
+
+class Unheard:
+    """Takes records and keeps none: of several processes, one reports."""
+
+    def write(self, step: int, epoch: float, **values: float) -> None:
+        """Takes a record."""
 
 
 def read_metrics(workdir: Path) -> list[Record]:

@@ -37,7 +37,8 @@ class Steps(NamedTuple):
 
     Attributes:
         create: seed and learning rate -> fresh state.
-        train: state, which is consumed, and batch -> next state and metrics.
+        train: state, which is consumed, and batch -> next state and metrics: loss, accuracy, and unless it is for
+            runs `together`, `sound` and `sound_gradient`, as `make_train_step` says.
         evaluate: state and batch -> sums over the batch's valid examples: loss, correct, count.
     """
 
@@ -50,7 +51,7 @@ def make_steps(model: nn.Module, recipe: Recipe, dataset: Dataset, *, together: 
     """The compiled functions; with `together` they take and give a leading axis of runs (`evaluate`: for one batch)."""
     optimizer = make_optimizer(recipe, steps_per_epoch(recipe, dataset))
     create: Any = functools.partial(create_state, model, optimizer, dataset.train.shape)
-    train, evaluate = make_train_step(model, optimizer), make_eval_step(model)
+    train, evaluate = make_train_step(model, optimizer, guarded=not together), make_eval_step(model)
     if together:
         create, train, evaluate = jax.vmap(create), jax.vmap(train), jax.vmap(evaluate, (0, None))
     return Steps(jax.jit(create), jax.jit(train, donate_argnums=0), jax.jit(evaluate))
@@ -99,11 +100,15 @@ def create_state(
 
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation
+    model: nn.Module, optimizer: optax.GradientTransformation, *, guarded: bool = False
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One step: forward, backward, update of parameters and running statistics.
 
     Compiled over sharded batches, every mean is global, those of the statistics too.
+
+    Guarded, a step whose loss, gradient or next state is not finite changes nothing but the number of steps. The
+    metrics then tell whether it was `sound`, and the same of each parameter's gradient, `sound_gradient`, in the
+    order of `layer_names`.
     """
 
     def loss(params: PyTree[Array], state: TrainState, batch: Batch) -> tuple[Array, tuple[Array, PyTree[Array]]]:
@@ -117,9 +122,26 @@ def make_train_step(
         updates = jax.tree.map(lambda update: state.learning_rate.astype(update.dtype) * update, updates)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": value, "accuracy": jnp.mean(_correct(logits, batch), dtype=jnp.float32)}
-        return TrainState(state.step + 1, params, batch_stats, opt_state, state.learning_rate), metrics
+        new = TrainState(state.step + 1, params, batch_stats, opt_state, state.learning_rate)
+        if guarded:
+            metrics["sound_gradient"] = _finite(gradient)
+            sound = jnp.isfinite(value) & jnp.all(metrics["sound_gradient"]) & jnp.all(_finite(new))
+            metrics["sound"] = sound
+            new = jax.tree.map(functools.partial(jnp.where, sound), new, state._replace(step=new.step))
+        return new, metrics
 
     return step
+
+
+def layer_names(params: PyTree[Array]) -> list[str]:
+    """For each parameter, in the order of the tree, the layer that has it."""
+    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    return [jax.tree_util.keystr(path[:-1], simple=True, separator="/") for path in paths]
+
+
+def _finite(tree: PyTree[Array]) -> Bool[Array, " leaves"]:
+    """For each array, whether all of it is finite."""
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
 
 
 def make_eval_step(model: nn.Module) -> Callable[[TrainState, Batch], Metrics]:

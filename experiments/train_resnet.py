@@ -1,24 +1,31 @@
 """Trains a residual network: parse, wire, call the loop. See `python experiments/train_resnet.py --help`."""
 
 import argparse
+import contextlib
 import datetime
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import flax.linen as nn
+import jax
 import tyro
 
 from anact_jax.diagnostics import draw
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
-from experiments.config import TrainConfig
-from experiments.data import DataError, evaluation_batches
-from experiments.gains import layer_gains
-from experiments.loop import DivergenceError, train
+from experiments.checkpoints import CheckpointError, Checkpoints
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, fail, say
+from experiments.config import SETTINGS, TrainConfig, read_settings
+from experiments.data import DataError, Dataset, evaluation_batches, training_batches
+from experiments.data.sets import one_line
+from experiments.gains import layer_gains, worst_gains
+from experiments.loop import BadStepError, PreemptedError, first_state, train
 from experiments.models import check_name
 from experiments.network import check_devices, make_network
 from experiments.presets import PRESETS
-from experiments.report import MetricsLog, draw_learning_curves
+from experiments.processes import StopSignal, connect
+from experiments.report import MetricsLog, Unheard, draw_learning_curves
 from experiments.steps import make_steps
 
 GAIN_IMAGES = 256  # test images on which the gains in the picture are measured
@@ -26,31 +33,62 @@ GAIN_IMAGES = 256  # test images on which the gains in the picture are measured
 
 def main() -> int:
     """Runs the program and returns its exit status."""
+    with StopSignal() as stop:
+        return run(stop)
+
+
+def run(stop: StopSignal) -> int:
+    """The program, which saves and ends when `stop` says so."""
     try:
         config = parse(sys.argv[1:])
         config.check()
+        workdir = find_workdir(config)
+        connect(config)
         dataset = config.load_data()
         check_devices(config.batch_size)
         model = make_network(config, dataset)
-        workdir = make_workdir(config)
+        if config.process == 0:
+            prepare_workdir(workdir, config)
     except (DataError, ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
 
-    status, outcome = 0, ""
     try:
-        with MetricsLog(workdir) as log:
-            state, accuracy = train(make_steps(model, config, dataset), dataset, config, log)
-        images = next(evaluation_batches(dataset, GAIN_IMAGES)).images
-        picture = draw({"trained": layer_gains(model, state.variables, images)})
-        picture.savefig(workdir / "gains.png", dpi=120)
-        outcome = f"test_accuracy={accuracy:.4f} workdir={workdir}"
-    except DivergenceError as error:
-        status = fail(f"{error}; what was measured is in {workdir}", FAILED)
+        with Checkpoints(workdir, config) as checkpoints:
+            steps = make_steps(model, config, dataset)
+            try:
+                start = checkpoints.restore(first_state(steps, config), say)
+            except ValueError as error:
+                return fail(str(error), BAD_SETTINGS)
+            if start is not None:
+                say(f"going on from step {start.step} in {workdir}")
+            records = start.records if start else ()
+            with MetricsLog(workdir, records) if config.process == 0 else contextlib.nullcontext(Unheard()) as log:
+                state, accuracy = train(steps, dataset, config, log, start=start, checkpoints=checkpoints, stop=stop)
+    except BadStepError as error:
+        where = gains_at(error, model, dataset, config)
+        status = fail(f"{error}; {where}; what was measured is in {workdir}", FAILED)
+    except (CheckpointError, DataError, jax.errors.JaxRuntimeError) as error:
+        message = one_line(error) if isinstance(error, jax.errors.JaxRuntimeError) else str(error)
+        hint = "is another process gone? Start all again, with the same commands; " if config.processes > 1 else ""
+        status = fail(f"{message}; {hint}what was measured is in {workdir}", FAILED)
+        if config.processes > 1:
+            sys.stderr.flush()
+            os._exit(status)  # the way out of Python waits for the others
+    except PreemptedError:
+        status = fail(f"asked to stop; saved, the same command with --workdir {workdir} goes on", PREEMPTED)
     except KeyboardInterrupt:
         status = fail(f"interrupted; what was measured is in {workdir}", INTERRUPTED)
+    else:
+        status = 0
+    if config.process > 0:
+        return status
+    if status == 0:
+        images = next(evaluation_batches(dataset, GAIN_IMAGES)).images
+        rows = layer_gains(model, jax.device_get(state.variables), images)
+        draw({"trained": rows}).savefig(workdir / "gains.png", dpi=120)
     draw_learning_curves(workdir)
-    if outcome:
-        print(outcome)
+    if status == 0:
+        print(f"test_accuracy={accuracy:.4f} workdir={workdir}")
     return status
 
 
@@ -69,20 +107,46 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     return tyro.cli(TrainConfig, args=rest, default=PRESETS[known.preset].config, description=description)
 
 
-def make_workdir(config: TrainConfig) -> Path:
-    """Makes the folder for results and writes the settings there.
+def find_workdir(config: TrainConfig) -> Path:
+    """The folder for results, which may be new, or hold this run already.
 
     Raises:
-        ValueError: it holds a run already.
-        OSError: it cannot be written.
+        ValueError: it holds another run.
     """
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     workdir = config.workdir or Path("runs", f"{config.model}-{config.activation}-{now}")
-    workdir.mkdir(parents=True, exist_ok=True)
-    if (workdir / "metrics.jsonl").exists():
+    if (workdir / SETTINGS).exists():
+        config.check_same_run(read_settings(workdir), workdir)
+    elif (workdir / "metrics.jsonl").exists():
         raise ValueError(f"{workdir} holds a run already; give another --workdir")
-    (workdir / "config.json").write_text(config.to_json())
     return workdir
+
+
+def prepare_workdir(workdir: Path, config: TrainConfig) -> None:
+    """Makes the folder and writes the settings there, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished = workdir / f"{SETTINGS}.part"
+    unfinished.write_text(config.to_json())
+    unfinished.rename(workdir / SETTINGS)
+
+
+def gains_at(error: BadStepError, model: nn.Module, dataset: Dataset, config: TrainConfig) -> str:
+    """In words, the worst gains in the network on the batch that it could not take."""
+    batch = next(
+        training_batches(
+            dataset,
+            config.batch_size,
+            seed=config.seed,
+            epochs=config.epochs,
+            augmentation=config.augmentation(dataset),
+            start=error.step - 1,
+        )
+    )
+    return worst_gains(layer_gains(model, jax.device_get(error.variables), batch.images))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from experiments.data import (
     with_subset,
 )
 from experiments.data.pipeline import cut_out, shifted, standardize
-from experiments.data.sets import Arrays, Stored
+from experiments.data.sets import Arrays, DataError, Stored, check_example
 
 ALL_CHANGES = Augmentation(pad=2, flip=True, cutout=3)
 
@@ -324,7 +324,7 @@ def test_a_part_of_a_stored_data_set_is_not_read_until_it_is_asked_for():
     examples = noise(50)
     pairs = zip(examples.images, examples.labels, strict=True)
     source = Source({"image": image, "label": label} for image, label in pairs)
-    whole = made_of(Stored(source, examples.shape), noise(1))
+    whole = made_of(Stored(source, examples.shape, len(examples)), noise(1))
     in_memory = with_subset(made_of(examples, noise(1)), train=9, validation=10)
     source.__class__ = Unread
     part = with_subset(whole, train=9, validation=10)
@@ -337,7 +337,7 @@ def test_a_part_of_a_stored_data_set_is_not_read_until_it_is_asked_for():
 def test_workers_give_the_same_batches_resume_and_end():
     examples = noise(50)
     pairs = zip(examples.images, examples.labels, strict=True)
-    stored = Stored(Source({"image": image, "label": label} for image, label in pairs), examples.shape)
+    stored = Stored(Source({"image": image, "label": label} for image, label in pairs), examples.shape, len(examples))
 
     def start(train, workers):
         return training_batches(
@@ -354,3 +354,32 @@ def test_workers_give_the_same_batches_resume_and_end():
     chex.assert_trees_all_equal(list(resumed), whole[5:])
     resumed.close()
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "problem"),
+    [
+        (np.full((4, 4, 1), np.nan), 0, "its pixels are float64, some of them NaN or infinite; expected uint8"),
+        (np.full((4, 4, 1), np.inf, np.float32), 0, "its pixels are float32, some of them NaN or infinite"),
+        (np.zeros((4, 4, 1), np.float32), 0, "its pixels are float32; expected uint8"),
+        (np.zeros((4, 4, 1), np.int64), 0, "its pixels are int64; expected uint8"),
+        (np.zeros((4, 5, 1), np.uint8), 0, r"its image has shape (4, 5, 1); expected (4, 4, 1)"),
+        (np.zeros((4, 4), np.uint8), 0, r"its image has shape (4, 4); expected (4, 4, 1)"),
+        (np.zeros((4, 4, 1), np.uint8), 3, "its label is 3; expected a whole number from 0 to 2"),
+        (np.zeros((4, 4, 1), np.uint8), -1, "its label is -1; expected"),
+        (np.zeros((4, 4, 1), np.uint8), np.nan, "its label is nan; expected"),
+        (np.zeros((4, 4, 1), np.uint8), 1.5, "its label is 1.5; expected"),
+    ],
+)
+def test_an_example_that_cannot_be_is_named(image, label, problem):
+    class Source(list):
+        def __getitems__(self, rows):
+            return [self[row] for row in rows]
+
+    good = {"image": np.zeros((4, 4, 1), np.uint8), "label": 2}
+    check_example(0, good["image"], good["label"], (4, 4, 1), 3)
+    examples = Stored(Source([good] * 5 + [{"image": image, "label": label}]), (4, 4, 1), 3)
+    examples.fetch(np.arange(5))
+    with pytest.raises(DataError) as caught:
+        examples.fetch(np.array([1, 5, 2]))
+    assert str(caught.value).startswith(f"example 5 cannot be used: {problem}")

@@ -67,6 +67,7 @@ def training_batches(
     augmentation: Augmentation = _NO_CHANGE,
     shard: Shard = _WHOLE,
     workers: int = 0,
+    start: int = 0,
 ) -> Any:
     """Iterator over the full batches of all epochs; its `get_state` and `set_state` allow to go on elsewhere.
 
@@ -82,12 +83,13 @@ def training_batches(
         augmentation: random changes to the images.
         shard: this process's part of every batch.
         workers: processes that decode, for data sets that are not in memory.
+        start: batches to leave out, those that were consumed before; the ones that follow are the same as without.
     """
     draws = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
     batches = grain.MapDataset.source(_TrainingRows(len(dataset.train), batch_size, seed, epochs)).random_map(
         _TrainingBatch(dataset, augmentation, shard), seed=draws
     )
-    iterable = batches.to_iter_dataset(_READ_AHEAD)
+    iterable = batches[start:].to_iter_dataset(_READ_AHEAD)
     if workers and not isinstance(dataset.train, Arrays):
         flags.FLAGS.mark_as_parsed()  # else Grain up to 0.2.18 fails once JAX is imported (grain#1355)
         iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))

@@ -65,8 +65,8 @@ class Arrays:
 class Stored:
     """Examples in the files of tensorflow-datasets, decoded when they are fetched."""
 
-    def __init__(self, source: Sequence[dict[str, Any]], shape: tuple[int, int, int]) -> None:
-        self._source, self.shape = source, shape
+    def __init__(self, source: Sequence[dict[str, Any]], shape: tuple[int, int, int], classes: int) -> None:
+        self._source, self.shape, self._classes = source, shape, classes
 
     def __len__(self) -> int:
         return len(self._source)
@@ -76,6 +76,8 @@ class Stored:
     ) -> tuple[UInt8[np.ndarray, "batch height width channels"], Int[np.ndarray, " batch"]]:
         """Images and labels at these positions."""
         examples = self._source.__getitems__(rows.tolist())  # type: ignore[attr-defined]
+        for row, example in zip(rows.tolist(), examples, strict=True):
+            check_example(row, example["image"], example["label"], self.shape, self._classes)
         labels = np.array([example["label"] for example in examples], np.int32)
         return np.stack([example["image"] for example in examples]), labels
 
@@ -106,11 +108,12 @@ class Dataset:
     """Training and test examples, and what a program has to know about them.
 
     Attributes:
-        train, test: examples with pixels from 0 to 255 (digits: to 16).
+        train, test: examples with pixels from 0 to `largest`.
         classes: number of labels.
         mean, std: of each channel over the training images.
         pad: pixels by which training images may be shifted without leaving what is usual for this data set.
         flip: whether training images may be mirrored.
+        largest: the value of a white pixel.
     """
 
     train: Examples
@@ -120,6 +123,7 @@ class Dataset:
     std: Float[np.ndarray, " channels"]
     pad: int
     flip: bool
+    largest: int = 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,11 +165,13 @@ def load(name: str, data_dir: Path | None = None, memory_limit: int = MEMORY_LIM
     try:
         train, test = (builder.as_data_source(split=split) for split in ("train", kind.test_split))
         shape, classes = builder.info.features["image"].shape, builder.info.features["label"].num_classes
-        parts: list[Examples] = [Stored(train, shape), Stored(test, shape)]
+        parts: list[Examples] = [Stored(train, shape, classes), Stored(test, shape, classes)]
         if (len(train) + len(test)) * math.prod(shape) <= memory_limit:
             parts = [_in_memory(part) for part in parts]
         parts[1].fetch(_spread(len(test)))  # so that a damaged file shows now, and not after an epoch of training
         return _dataset(*parts, classes=classes, pad=kind.pad, flip=kind.flip)
+    except DataError as error:
+        raise DataError(f"{name} in {builder.data_path}: {error}") from error
     except Exception as error:  # whatever the readers of a damaged file raise
         raise DataError(_damaged(name, builder.data_path, data_dir, error)) from error
 
@@ -194,6 +200,21 @@ def make_builder(name: str, data_dir: Path | None) -> Any:
 def one_line(error: Exception) -> str:
     """Kind and first line of an error of somebody else's."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def check_example(row: int, image: Any, label: Any, shape: tuple[int, int, int], classes: int) -> None:
+    """Raises DataError, naming the example's position, unless image and label are what they have to be."""
+    image = np.asarray(image)
+    problem = ""
+    if image.dtype != np.uint8:
+        finite = np.isfinite(image).all() if np.issubdtype(image.dtype, np.floating) else True
+        problem = f"its pixels are {image.dtype}{'' if finite else ', some of them NaN or infinite'}; expected uint8"
+    elif image.shape != shape:
+        problem = f"its image has shape {image.shape}; expected {shape}"
+    elif not np.issubdtype(np.asarray(label).dtype, np.integer) or not 0 <= label < classes:
+        problem = f"its label is {label}; expected a whole number from 0 to {classes - 1}"
+    if problem:
+        raise DataError(f"example {row} cannot be used: {problem}")
 
 
 def with_subset(
@@ -236,7 +257,7 @@ def with_subset(
     parts: list[Examples] = [Subset(dataset.train, order[validation : validation + kept], pool), test]
     if isinstance(dataset.train, Arrays):
         parts = [_in_memory(part) for part in parts]
-    return _dataset(*parts, classes=dataset.classes, pad=dataset.pad, flip=dataset.flip)
+    return _dataset(*parts, classes=dataset.classes, pad=dataset.pad, flip=dataset.flip, largest=dataset.largest)
 
 
 def _digits() -> Dataset:
@@ -246,13 +267,13 @@ def _digits() -> Dataset:
     parts = train_test_split(images, labels, test_size=360, random_state=0, stratify=labels)
     train_images, test_images, train_labels, test_labels = parts
     train, test = Arrays(train_images, train_labels), Arrays(test_images, test_labels)
-    return _dataset(train, test, classes=10, pad=0, flip=False)
+    return _dataset(train, test, classes=10, pad=0, flip=False, largest=16)
 
 
-def _dataset(train: Examples, test: Examples, *, classes: int, pad: int, flip: bool) -> Dataset:
+def _dataset(train: Examples, test: Examples, *, classes: int, pad: int, flip: bool, largest: int = 255) -> Dataset:
     pixels = train.fetch(_spread(len(train)))[0].reshape(-1, train.shape[-1])
     mean, std = pixels.mean(0, dtype=np.float64), pixels.std(0, dtype=np.float64)
-    return Dataset(train, test, classes, mean, std, pad, flip)
+    return Dataset(train, test, classes, mean, std, pad, flip, largest)
 
 
 def _spread(count: int) -> Int[np.ndarray, " sample"]:

@@ -1,0 +1,216 @@
+"""Checkpoints of a training run, through Orbax: written while training goes on, whole or not at all."""
+
+import logging
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import Array
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from experiments.config import TrainConfig
+from experiments.data.sets import one_line
+from experiments.report import Record
+from experiments.steps import TrainState
+
+for _logger in ("absl", "asyncio"):  # where Orbax logs with a traceback what it raises as well
+    logging.getLogger(_logger).setLevel(logging.CRITICAL)
+
+_SCORE = "test_accuracy"
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written, or none can be read; the message says why and what to do."""
+
+
+class Position(NamedTuple):
+    """Where a run stands: what it takes to go on as if it had never stopped.
+
+    The examples still to come depend on the seed, which is among the settings, and on the step alone; the seed and
+    the step are all the random state there is.
+
+    Attributes:
+        state: parameters, optimizer and running statistics.
+        step: steps taken.
+        measured: whether the network was evaluated after them.
+        records: all that was reported.
+        recent: metrics of the steps since the last report on training.
+    """
+
+    state: TrainState
+    step: int = 0
+    measured: bool = False
+    records: tuple[Record, ...] = ()
+    recent: tuple[dict[str, Any], ...] = ()
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `checkpoints/` of its folder: the last `config.keep` and the best.
+
+    A context manager; at its end it waits for the last checkpoint. With `read_only` nothing is written or removed.
+    """
+
+    def __init__(self, workdir: Path, config: TrainConfig, *, read_only: bool = False) -> None:
+        self._config, self._folder = config, (workdir / "checkpoints").absolute()
+        self._saved: tuple[int, bool] | None = None
+        policies = [
+            LatestN(config.keep),
+            BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            best_fn=_score,
+            preservation_policy=AnyPreservationPolicy(policies),
+        )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+
+    def save(self, position: Position) -> None:
+        """Saves where the run stands, unless that was done; returns while the files are being written.
+
+        Raises:
+            CheckpointError: this checkpoint or the one before could not be written.
+        """
+        if (position.step, position.measured) == self._saved:
+            return
+        progress = position._replace(state=None)._asdict() | {"config": self._config.settings}  # type: ignore[arg-type]
+        scores = [record[_SCORE] for record in position.records if _SCORE in record]
+        try:
+            self._manager.wait_until_finished()
+            if position.step in self._manager.all_steps():  # saved before it was measured
+                self._manager.delete(position.step)
+            self._manager.save(
+                position.step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_by_name(position.state)), progress=ocp.args.JsonSave(progress)
+                ),
+                metrics={_SCORE: scores[-1]} if position.measured else None,
+                force=True,
+            )
+        except Exception as error:  # whatever the file system makes Orbax raise
+            raise CheckpointError(self._unwritten(error)) from error
+        self._saved = (position.step, position.measured)
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is written.
+
+        Raises:
+            CheckpointError: it could not be.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise CheckpointError(self._unwritten(error)) from error
+
+    def restore(self, start: TrainState, on_damage: Callable[[str], None], *, best: bool = False) -> Position | None:
+        """Where the run stood at its last checkpoint that can be read; None if it has none.
+
+        Args:
+            start: a state of this run, whose devices the restored one is laid out on.
+            on_damage: told of each newer checkpoint that cannot be read, in one line. They are removed.
+            best: take the one with the best test accuracy first.
+
+        Raises:
+            ValueError: the checkpoint is of a run with other settings, or of a network with other arrays.
+            CheckpointError: there are checkpoints and none can be read.
+        """
+        damaged: list[int] = []
+        problem = ""
+        order = sorted(self._manager.all_steps(), reverse=True)
+        if best and (favourite := self._manager.best_step()) is not None:
+            order = [favourite, *(step for step in order if step != favourite)]
+        for step in order:
+            try:
+                progress = self._read(step, progress=ocp.args.JsonRestore())["progress"]
+                saved = {name: leaf.shape for name, leaf in self._manager.item_metadata(step)["state"].tree.items()}
+                settings = progress.pop("config")
+            except Exception as error:  # whatever the readers of a damaged file raise
+                problem = _in_short(error)
+            else:
+                self._config.check_same_run(settings, self._folder)
+                wanted = _by_name(start)
+                self._check_same_arrays(step, saved, {name: leaf.shape for name, leaf in wanted.items()})
+                present = {name: leaf for name, leaf in wanted.items() if name in saved}
+                layout = jax.tree.map(ocp.utils.to_shape_dtype_struct, present)
+                try:
+                    state = wanted | self._read(step, state=ocp.args.StandardRestore(layout))["state"]
+                except Exception as error:
+                    problem = _in_short(error)
+                else:
+                    for number in damaged:
+                        self._manager.delete(number)
+                    self._saved = (progress["step"], progress["measured"])
+                    return Position(
+                        jax.tree.unflatten(jax.tree.structure(start), list(state.values())),
+                        progress["step"],
+                        progress["measured"],
+                        tuple(progress["records"]),
+                        tuple(progress["recent"]),
+                    )
+            damaged.append(step)
+            on_damage(f"checkpoint {self._folder / str(step)} is damaged ({problem}); going on from the one before")
+        if damaged:
+            raise CheckpointError(f"no checkpoint in {self._folder} can be read; to start over, remove that folder")
+        return None
+
+    def _read(self, step: int, **items: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _check_same_arrays(
+        self, step: int, saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
+    ) -> None:
+        """Raises ValueError unless these shapes are the same, but for statistics that may be missing."""
+        missing = [name for name in wanted if name not in saved]
+        other = [
+            f"{name} {shape}, now {wanted.get(name, 'none')}"
+            for name, shape in sorted(saved.items(), reverse=True)  # params before batch_stats
+            if shape != wanted.get(name)
+        ]
+        where = f"checkpoint {self._folder / str(step)}"
+        if other or not all(name.startswith("batch_stats/") for name in missing):
+            differing = "; ".join([*other, *(f"{name} none, now {wanted[name]}" for name in missing)][:5])
+            raise ValueError(f"{where} is of another network: {differing}; give another --workdir")
+        if missing and not self._config.fresh_statistics:
+            raise ValueError(
+                f"{where} lacks running statistics, {', '.join(missing[:3])}{', ...' if missing[3:] else ''}; "
+                "--fresh-statistics starts them anew"
+            )
+
+    def _unwritten(self, error: Exception) -> str:
+        return f"cannot write a checkpoint to {self._folder} ({_in_short(error)}); those written before are whole"
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if jax.process_count() > 1 and isinstance(error, CheckpointError | jax.errors.JaxRuntimeError):
+            return  # another process may be gone, and closing waits for all
+        try:
+            self._manager.close()
+        except Exception as problem:
+            if not isinstance(error, CheckpointError):  # which has told of it
+                raise CheckpointError(self._unwritten(problem)) from problem
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics[_SCORE]
+
+
+def _in_short(error: Exception) -> str:
+    """TensorStore's lines hold all of its settings."""
+    return textwrap.shorten(one_line(error), 160, placeholder=" ...")
+
+
+def _by_name(state: TrainState) -> dict[str, Array]:
+    """Its arrays by names such as `params/Dense_0/kernel`, in the order of the tree."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(state)
+    }

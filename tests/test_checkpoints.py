@@ -1,0 +1,328 @@
+"""An interrupted run goes on as if it had never stopped; what cannot go on says why."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_train_resnet import DATASET, config, small_model
+
+from experiments import train_resnet
+from experiments.checkpoints import CheckpointError, Checkpoints, Position
+from experiments.data import training_batches
+from experiments.data.pipeline import standardize
+from experiments.loop import BadStepError, PreemptedError, evaluate, first_state, train
+from experiments.report import MetricsLog, read_metrics
+from experiments.steps import make_steps
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+SETTINGS = config(epochs=2, batch_size=64, save_every_steps=4)  # 2 epochs of 16 steps, and 2 batches of test images
+
+
+@pytest.fixture(scope="module")
+def steps():
+    with jax.numpy_dtype_promotion("standard"):
+        return make_steps(small_model(), SETTINGS, DATASET)
+
+
+@pytest.fixture(scope="module")
+def whole(steps, tmp_path_factory):
+    """What a run that was never interrupted leaves."""
+    with jax.numpy_dtype_promotion("standard"):
+        return go_on(steps, tmp_path_factory.mktemp("whole"))
+
+
+def go_on(steps, workdir, settings=SETTINGS, stop=lambda: False):
+    """Trains from the last checkpoint in a folder; final state, accuracy and records."""
+    with Checkpoints(workdir, settings) as checkpoints:
+        start = checkpoints.restore(first_state(steps, settings), print)
+        with MetricsLog(workdir, start.records if start else ()) as log:
+            state, accuracy = train(
+                steps, DATASET, settings, log, start=start, checkpoints=checkpoints, stop=stop, show_progress=False
+            )
+    return jax.device_get(state), accuracy, read_metrics(workdir)
+
+
+def stop_at(call):
+    """Says stop the `call`-th time that it is asked."""
+    counter = itertools.count(1)
+    return lambda: next(counter) == call
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+# The loop asks 16 times in the steps of each epoch and twice in its evaluation.
+RARER = [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (16, 16), (36, 32))]
+
+
+@pytest.mark.parametrize(("call", "last"), [(17, 16), (24, 22), *RARER])
+def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(steps, whole, tmp_path, call, last):
+    with pytest.raises(PreemptedError):
+        go_on(steps, tmp_path, stop=stop_at(call))
+    assert saved_steps(tmp_path)[-1] == last
+    chex.assert_trees_all_equal(go_on(steps, tmp_path), whole)
+
+
+@pytest.mark.slow
+def test_a_finished_run_gives_the_same_again(steps, whole, tmp_path):
+    go_on(steps, tmp_path)
+    chex.assert_trees_all_equal(go_on(steps, tmp_path), whole)
+
+
+@pytest.mark.slow
+def test_however_often_it_is_stopped_no_example_comes_twice_or_never(tmp_path):
+    settings = config(epochs=2, batch_size=256)
+    seen = []
+
+    def note(state, batch):
+        seen.append(np.asarray(batch.images))
+        return state, {"loss": 1.0, "accuracy": 0.5, "sound": True, "sound_gradient": np.ones(8, bool)}
+
+    noting = make_steps(small_model(), settings, DATASET)._replace(
+        train=note, evaluate=lambda state, batch: {"loss": 1.0, "correct": 1, "count": 1}
+    )
+    for call in (1, 2, 2, 1, 3):
+        with pytest.raises(PreemptedError):
+            go_on(noting, tmp_path, settings, stop=stop_at(call))
+    go_on(noting, tmp_path, settings)
+    chex.assert_trees_all_equal(seen, [batch.images for batch in training_batches(DATASET, 256, seed=0, epochs=2)])
+
+
+def test_the_last_and_the_best_are_kept(steps, tmp_path):
+    settings = dataclasses.replace(SETTINGS, keep=2)
+    state = first_state(steps, settings)
+    with Checkpoints(tmp_path, settings) as checkpoints:
+        for step, accuracy in enumerate([0.3, 0.9, 0.5, 0.7, 0.6], start=1):
+            record = {"step": step, "epoch": float(step), "test_accuracy": accuracy}
+            checkpoints.save(Position(state, step, measured=True, records=(record,)))
+        checkpoints.save(Position(state, 6))
+    assert saved_steps(tmp_path) == [2, 5, 6]
+
+
+@pytest.mark.slow
+def test_training_on_does_not_change_what_is_being_saved(tmp_path):
+    """The next step takes over the memory of the state that it is given."""
+    settings = config()
+    model = small_model().clone(width=512)
+    steps = make_steps(model, settings, DATASET)
+    state = first_state(steps, settings)
+    batch = next(training_batches(DATASET, 32, seed=0, epochs=1))
+    for step in range(1, 4):
+        with Checkpoints(tmp_path, settings) as checkpoints:
+            expected = jax.tree.map(np.array, state)  # copies
+            checkpoints.save(Position(state, step))
+            for _ in range(3):
+                state, _ = steps.train(state, batch)
+            checkpoints.wait()
+            found = checkpoints.restore(state, print)
+        chex.assert_trees_all_equal(jax.device_get(found.state), expected)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_saved_on_eight_devices_it_is_the_same_network_on_fewer(steps, whole, tmp_path, devices):
+    state, *_ = whole
+    on_eight = jax.device_put(state, NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec()))
+    some = NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec())
+    with Checkpoints(tmp_path, SETTINGS) as checkpoints:
+        checkpoints.save(Position(on_eight, 32))
+        checkpoints.wait()
+        found = checkpoints.restore(jax.device_put(state, some), print).state
+    assert len(found.params["Dense_0"]["kernel"].sharding.device_set) == devices
+    images = standardize(DATASET.test.images, DATASET)
+    logits, same = (small_model().apply(s.variables, images, train=False) for s in (state, found))
+    np.testing.assert_allclose(logits, same, rtol=1e-5, atol=1e-5)
+
+
+# What cannot be read.
+
+
+@pytest.fixture(scope="module")
+def interrupted(steps, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("interrupted")
+    with jax.numpy_dtype_promotion("standard"), pytest.raises(PreemptedError):
+        go_on(steps, workdir, stop=stop_at(24))
+    assert saved_steps(workdir)[-1] == 22
+    return workdir
+
+
+def spoil(path, how):
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+READERS_OUTLIVE_THEIR_LOOP = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's
+
+
+@READERS_OUTLIVE_THEIR_LOOP
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+def test_a_damaged_checkpoint_is_never_taken_for_whole(steps, interrupted, tmp_path, how):
+    """Whichever file it is: the last checkpoint as it was, or word of the damage and the one before."""
+    start = first_state(steps, SETTINGS)
+    with Checkpoints(interrupted, SETTINGS) as checkpoints:
+        newest = checkpoints.restore(start, print)
+    files = sorted(path.relative_to(interrupted) for path in (interrupted / "checkpoints" / "22").rglob("*"))
+    told = {}
+    for number, name in enumerate(name for name in files if (interrupted / name).is_file()):
+        workdir = tmp_path / str(number)
+        shutil.copytree(interrupted, workdir)
+        spoil(workdir / name, how)
+        messages = []
+        with Checkpoints(workdir, SETTINGS) as checkpoints:
+            found = checkpoints.restore(start, messages.append)
+        told[str(name)] = messages
+        if found.step == 22:
+            assert messages == []
+            chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(newest))
+        else:
+            assert found.step == 20
+            assert saved_steps(workdir)[-1] == 20
+    assert sum(map(len, told.values())) >= 4
+    assert all(len(messages) <= 1 and "\n" not in "".join(messages) for messages in told.values())
+
+
+@READERS_OUTLIVE_THEIR_LOOP
+def test_after_damage_the_run_ends_as_if_there_had_been_none(steps, whole, interrupted, tmp_path, capsys):
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "checkpoints" / "22").rglob("d/*"):
+        spoil(path, "truncated")
+    chex.assert_trees_all_equal(go_on(steps, tmp_path), whole)
+    told = capsys.readouterr().out
+    assert f"checkpoint {tmp_path / 'checkpoints' / '22'} is damaged" in told
+    assert "going on from the one before" in told
+
+
+@READERS_OUTLIVE_THEIR_LOOP
+def test_without_a_checkpoint_that_can_be_read_the_run_does_not_start_over(steps, interrupted, tmp_path):
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "checkpoints").rglob("progress/metadata"):
+        spoil(path, "truncated")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read; to start over, remove that folder"):
+        go_on(steps, tmp_path)
+    assert len(saved_steps(tmp_path)) == 3
+
+
+def test_a_run_with_other_settings_is_refused(steps, interrupted):
+    other = dataclasses.replace(SETTINGS, learning_rate=0.1, activation="swish", workers=7)
+    with pytest.raises(ValueError, match=r"other settings: activation 'nswish', now 'swish'; learning_rate 0.05, now"):
+        go_on(steps, interrupted, other)
+
+
+def test_another_network_is_refused(interrupted):
+    other = make_steps(small_model().clone(width=8), SETTINGS, DATASET)
+    with pytest.raises(ValueError, match=r"another network: params/.*/bias \(16,\), now \(8,\)"):
+        go_on(other, interrupted)
+
+
+@pytest.mark.slow
+def test_statistics_that_a_checkpoint_lacks_start_anew_only_when_asked_for(tmp_path):
+    plain = dataclasses.replace(SETTINGS, activation="swish")
+    normalized = dataclasses.replace(SETTINGS, activation="nswish", epochs=2)
+    old, new = (make_steps(small_model(c.activation), c, DATASET) for c in (plain, normalized))
+    with pytest.raises(PreemptedError):
+        go_on(old, tmp_path, plain, stop=stop_at(20))
+    with pytest.raises(ValueError, match="activation 'swish', now 'nswish'"):
+        go_on(new, tmp_path, normalized)
+    asked = dataclasses.replace(normalized, fresh_statistics=True)
+    start = first_state(new, asked)
+    with Checkpoints(tmp_path, asked) as checkpoints:
+        found = checkpoints.restore(start, print)
+    assert found.step == 18
+    chex.assert_trees_all_equal(found.state.batch_stats["ANAct_0"], start.batch_stats["ANAct_0"])
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(found.state.params, start.params)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(found.state.batch_stats["BatchNorm_0"], start.batch_stats["BatchNorm_0"])
+    _, accuracy, _ = go_on(new, tmp_path, asked)
+    assert accuracy > 0.8
+
+
+def test_an_old_checkpoint_of_the_same_settings_without_statistics(tmp_path, steps):
+    """As of a program that did not keep them yet."""
+    start = first_state(steps, SETTINGS)
+    old = start._replace(batch_stats={k: v for k, v in start.batch_stats.items() if not k.startswith("ANAct")})
+    with Checkpoints(tmp_path, SETTINGS) as checkpoints:
+        checkpoints.save(Position(old, 3))
+        with pytest.raises(ValueError, match=r"lacks running statistics, batch_stats/ANAct_0/.*--fresh-statistics"):
+            checkpoints.restore(start, print)
+
+
+# What cannot be written.
+
+
+def test_a_folder_that_is_gone_is_seen(steps, tmp_path):
+    def remove():
+        if (tmp_path / "checkpoints").is_dir() and len(saved_steps(tmp_path)) == 3:
+            shutil.rmtree(tmp_path / "checkpoints")
+            (tmp_path / "checkpoints").write_text("in the way")
+        return False
+
+    with pytest.raises(CheckpointError, match=r"cannot write a checkpoint to .*those written before are whole"):
+        go_on(steps, tmp_path, stop=remove)
+
+
+# Numbers that are not finite.
+
+
+def with_bad_step(steps, at, value=np.nan):
+    """The same steps, but the images of one are spoiled."""
+
+    def spoiled(state, batch):
+        images = batch.images * value if int(state.step) == at - 1 else batch.images
+        return steps.train(state, batch._replace(images=images))
+
+    return steps._replace(train=spoiled)
+
+
+@pytest.mark.parametrize("value", [np.nan, *(pytest.param(value, marks=pytest.mark.slow) for value in (np.inf, 1e30))])
+def test_a_bad_step_stops_the_run_and_keeps_the_last_good_checkpoint(steps, tmp_path, value):
+    with pytest.raises(BadStepError, match=r"loss is .* at step 22; the gradient of BatchNorm_0, .*is not") as caught:
+        go_on(with_bad_step(steps, 22, value), tmp_path)
+    assert caught.value.step == 22
+    chex.assert_tree_all_finite(caught.value.variables)
+    assert saved_steps(tmp_path)[-1] == 20
+    with Checkpoints(tmp_path, SETTINGS) as checkpoints:
+        found = checkpoints.restore(first_state(steps, SETTINGS), print)
+    chex.assert_tree_all_finite(jax.device_get(found.state))
+
+
+@pytest.mark.slow
+def test_a_bad_step_left_out_changes_nothing_but_the_count(steps, tmp_path):
+    settings = dataclasses.replace(SETTINGS, skip_bad_steps=True)
+    state = first_state(steps, settings)
+    good = [next(training_batches(DATASET, 64, seed=0, epochs=1)) for _ in range(3)]
+    for batch in good:
+        state, _ = steps.train(state, batch)
+    before = jax.tree.map(np.array, state)
+    after, metrics = steps.train(state, good[0]._replace(images=good[0].images * np.float32(np.nan)))
+    assert not metrics["sound"]
+    chex.assert_trees_all_equal(jax.device_get(after), before._replace(step=np.int32(4)))
+    _, accuracy, records = go_on(with_bad_step(steps, 22), tmp_path, settings)
+    assert accuracy > 0.8
+    assert [record["step"] for record in records if "steps_left_out" in record] == [22]
+    assert json.dumps(records, allow_nan=False)
+
+
+def test_evaluation_after_resume_is_that_of_the_saved_network(steps, whole):
+    state, accuracy, records = whole
+    measured = evaluate(steps, jax.tree.map(jnp.asarray, state), DATASET, 64)
+    assert float(measured["accuracy"]) == pytest.approx(accuracy)
+    assert records[-1]["test_accuracy"] == accuracy
+
+
+def test_settings_are_refused_before_the_data_are_read(tmp_path, run_main):
+    (tmp_path / "config.json").write_text(config(dataset="cifar10").to_json())
+    status, output = run_main(train_resnet, "--dataset", "cifar100", "--epochs", "6", "--workdir", tmp_path)
+    assert status == 2
+    assert "dataset 'cifar10', now 'cifar100'" in output.err
+    assert output.err.count("\n") == 1

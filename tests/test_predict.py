@@ -1,0 +1,82 @@
+import re
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_train_resnet import DATASET, config, small_model
+
+from experiments import predict, train_resnet
+from experiments.config import TrainConfig, read_config
+from experiments.data import load
+from experiments.predict import make_classifier, read_image
+from experiments.steps import make_steps
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture(scope="module")
+def classify():
+    with jax.numpy_dtype_promotion("standard"):
+        state = make_steps(small_model(), config(), DATASET).create(0, 0.1)
+        yield make_classifier(small_model(), state.variables, DATASET, batch_size=16)
+
+
+def test_one_image_gets_the_same_as_among_many(classify):
+    images = DATASET.test.images[:40]
+    together = classify(images)
+    assert together.shape == (40, 2)
+    np.testing.assert_allclose(together.sum(1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(np.concatenate([classify(images[row : row + 1]) for row in range(40)]), together)
+    np.testing.assert_array_equal(classify(images[7:23]), together[7:23])
+
+
+def test_an_image_file_is_read_as_the_data_set_has_it(tmp_path):
+    digits = load("digits")
+    image = digits.test.images[3]
+    Image.fromarray(np.rint(image[..., 0] / 16 * 255).astype(np.uint8)).save(tmp_path / "digit.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "digit.png", digits), image)
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.png is not an image file"):
+        read_image(tmp_path / "text.png", digits)
+
+
+def test_settings_come_back_as_they_were_written(tmp_path):
+    config = TrainConfig(model="mlp5", data_dir=tmp_path, workdir=tmp_path, train_images=100)
+    train_resnet.prepare_workdir(tmp_path, config)
+    assert read_config(tmp_path) == config
+
+
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, run_main):
+    for make, message in ((lambda: None, "No such file"), (lambda: write(tmp_path), "has no checkpoint yet")):
+        make()
+        status, output = run_main(predict, tmp_path)
+        assert status == 2
+        assert message in output.err
+        assert output.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def write(workdir):
+    train_resnet.prepare_workdir(workdir, TrainConfig(model="mlp5", epochs=2))
+
+
+@pytest.mark.slow
+def test_a_run_classifies_its_test_split_and_files(tmp_path, run_main):
+    workdir = tmp_path / "run"
+    status, output = run_main(train_resnet, "--model", "mlp5", "--epochs", "3", "--workdir", workdir)
+    assert status == 0
+    accuracy = re.search(r"test_accuracy=([0-9.]+)", output.out).group(1)
+    for batch_size in ("1", "256"):
+        status, output = run_main(predict, workdir, "--batch-size", batch_size)
+        assert (status, output.out) == (0, f"accuracy={accuracy} examples=360 split=test\n")
+    assert (workdir / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    digits, files = load("digits"), []
+    for row in range(20):
+        files.append(tmp_path / f"{row}.png")
+        Image.fromarray(np.rint(digits.test.images[row, ..., 0] / 16 * 255).astype(np.uint8)).save(files[-1])
+    status, output = run_main(predict, workdir, *files, "--best")
+    found = [int(re.search(r"class (\d+)", line).group(1)) for line in output.out.splitlines()]
+    assert np.mean(np.array(found) == digits.test.labels[:20]) > 0.85
+    status, output = run_main(predict, workdir, files[0])
+    assert output.out.splitlines()[0].startswith(f"{files[0]}: class {found[0]}, probability 0.")
