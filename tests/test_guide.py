@@ -10,6 +10,7 @@ GUIDE = (Path(__file__).parents[1] / "docs" / "guide.md").read_text()
 SECTIONS = dict(section.split("\n", 1) for section in GUIDE.split("\n## ")[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heading", [name for name, text in SECTIONS.items() if "```python" in text])
 @pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
 def test_snippets_run(heading):

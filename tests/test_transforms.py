@@ -67,7 +67,14 @@ def outputs(apply, variables, x):
     return (first, second, inference), gradient, variables
 
 
-@pytest.mark.parametrize("block", [Block, nn.remat(Block, static_argnums=2), nn.jit(Block, static_argnums=2)])
+@pytest.mark.parametrize(
+    "block",
+    [
+        Block,
+        pytest.param(nn.remat(Block, static_argnums=2), marks=pytest.mark.slow),
+        pytest.param(nn.jit(Block, static_argnums=2), marks=pytest.mark.slow),
+    ],
+)
 def test_scan_over_layers_and_what_is_nested_in_it(block):
     loop = scanned(block)
     variables = loop.init(jax.random.key(1), X, True)
@@ -122,7 +129,7 @@ def test_broadcast_state_is_shared_in_inference():
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("axis_name", [None, "parts"])
+@pytest.mark.parametrize("axis_name", [pytest.param(None, marks=pytest.mark.slow), "parts"])
 def test_vmap_over_data_with_or_without_a_shared_batch(axis_name):
     """Parameters shared by two parts of a batch: statistics of their own for each part, or shared ones."""
     own = axis_name is None
