@@ -186,10 +186,10 @@ def test_one_of_two_processes_is_killed_and_the_run_goes_on(start, whole, tmp_pa
     processes = together(start, tmp_path)
     until(lambda: (saved_steps(tmp_path) or [0])[-1] >= 3, processes[1 - victim])
     processes[victim].kill()
-    killed = time.monotonic()
-    _, err = finish(processes[1 - victim], status=1)
-    assert time.monotonic() - killed < 60
-    assert "is another process gone? Start all again, with the same commands" in err.splitlines()[-1]
+    _, err = processes[1 - victim].communicate(timeout=60)
+    # Where the coordinator is gone, JAX may end the process itself before the program can.
+    assert processes[1 - victim].returncode in ((1, -signal.SIGABRT) if victim == 0 else (1,))
+    assert "is another process gone? Start all again, with the same commands" in err or "another task died" in err
     processes[victim].communicate()
     stopped_after(6, tmp_path, start(tmp_path))
     for process in together(start, tmp_path):
