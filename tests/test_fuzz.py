@@ -156,7 +156,8 @@ def test_wrong_arguments_end_in_documented_errors():
     """Options at random, right and wrong: a result of x's shape and dtype, or a ValueError or TypeError."""
     rng = random.Random(1)
     outcomes = {"fine": 0, "refused": 0}
-    for _ in range(1500):
+    priors = {name: gaussian_stats(f) for name, f in ACTIVATIONS.items()}
+    for _ in range(600):
         shape = rng.choice([*SHAPES, (3, 4)])
         dtype = rng.choice([*DTYPES, *DTYPES, jnp.int32, jnp.bool_, jnp.complex64])
         name = rng.choice(sorted(ACTIVATIONS))
@@ -177,9 +178,7 @@ def test_wrong_arguments_end_in_documented_errors():
             if all(-len(shape) <= a < len(shape) for a in given)
             else ()
         )
-        running = jax.tree.map(
-            lambda v, features=features: jnp.broadcast_to(v, features), gaussian_stats(ACTIVATIONS[name])
-        )
+        running = jax.tree.map(lambda v, features=features: jnp.broadcast_to(v, features), priors[name])
         try:
             y, _ = jax.eval_shape(
                 lambda x, n=name, r=running, m=mask, o=options: anact(ACTIVATIONS[n], x, r, mask=m, **o), x
@@ -190,4 +189,4 @@ def test_wrong_arguments_end_in_documented_errors():
         else:
             outcomes["fine"] += 1
             assert (y.shape, y.dtype) == (shape, dtype)
-    assert min(outcomes.values()) > 100
+    assert min(outcomes.values()) > 40
