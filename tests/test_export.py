@@ -163,7 +163,7 @@ def test_mlp_of_nnx_with_factor_and_shift_folded_into_the_next_layer():
     np.testing.assert_allclose(model.dense[-1](x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("feature_axes", [-1, (), (1, 2)])
+@pytest.mark.parametrize("feature_axes", [-1, pytest.param((), marks=pytest.mark.slow), (1, 2)])
 def test_function_equals_linen_s_inference_and_holds_two_constants(feature_axes):
     layer = anact_jax.linen.NGELU(feature_axes=feature_axes, learnable=True, use_running_average=False)
     variables = layer.init(jax.random.key(0), IMAGES)
