@@ -137,7 +137,7 @@ def test_saved_on_eight_devices_it_is_the_same_network_on_fewer(steps, whole, tm
         checkpoints.wait()
         found = checkpoints.restore(jax.device_put(state, some), print).state
     assert len(found.params["Dense_0"]["kernel"].sharding.device_set) == devices
-    images = standardize(DATASET.test.images, DATASET)
+    images = jnp.asarray(standardize(DATASET.test.images, DATASET))
     logits, same = (small_model().apply(s.variables, images, train=False) for s in (state, found))
     np.testing.assert_allclose(logits, same, rtol=1e-5, atol=1e-5)
 
