@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -72,7 +73,12 @@ def arrays(workdir):
     """What the last checkpoint holds."""
     handlers = {"state": ocp.StandardCheckpointHandler()}
     with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handlers) as manager:
-        read = manager.restore(saved_steps(workdir)[-1], args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+        step, here = saved_steps(workdir)[-1], jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+            for name, leaf in manager.item_metadata(step)["state"].tree.items()
+        }
+        read = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
     return {name: np.asarray(value) for name, value in read["state"].items()}
 
 
