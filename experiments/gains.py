@@ -17,11 +17,13 @@ from experiments.models import Plain
 
 
 def layer_gains(
-    model: nn.Module, variables: PyTree[Array], images: Float[np.ndarray, "n h w c"] | Float[Array, "n h w c"]
+    model: nn.Module,
+    variables: PyTree[Array | np.ndarray],
+    images: Float[np.ndarray, "n h w c"] | Float[Array, "n h w c"],
 ) -> list[LayerGains]:
     """Gains of every activation, plain ones too, on a batch, in the order in which they run, in inference mode."""
 
-    def measure(variables: PyTree[Array], images: Array) -> list[LayerGains]:
+    def measure(variables: PyTree[Array | np.ndarray], images: Array) -> list[LayerGains]:
         measured = []
 
         def on_call(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
