@@ -164,7 +164,7 @@ def linen_gains(
     >>> variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
     >>> print(table(linen_gains(variables)))
     layer     forward  backward  factor  shift  bare forward  bare backward
-    layers_1    0.976      1.02   0.857  0.207          1.37           1.39
+    layers_1    0.955      1.05     1.2  0.207         0.707           0.73
     """
     layers = linen_layers(variables, form, collection=collection)
     if not layers:

@@ -50,6 +50,7 @@ def test_microbatches_that_share_a_mapped_axis_equal_the_full_batch():
         )
 
 
+@pytest.mark.slow
 def test_microbatches_in_sequence_are_batches_of_their_own():
     def microbatch(stats, x):
         gradient, stats = gradient_and_state(Net(), {**VARIABLES, "batch_stats": stats}, x)

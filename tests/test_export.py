@@ -136,6 +136,7 @@ class MLP(nnx.Module):
         return self.dense[-1](x)
 
 
+@pytest.mark.slow
 def test_mlp_of_nnx_with_factor_and_shift_folded_into_the_next_layer():
     model, x = MLP({"rule": "exact", "learnable": True}), IMAGES[:, 0, :, 0]
     optimizer = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)

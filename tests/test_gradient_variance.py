@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from anact_jax import ACTIVATIONS, normalization
+from anact_jax import ACTIVATIONS, PUBLISHED, normalization
 from anact_jax.theory import Variances, plain
 from experiments import gradient_variance
 from experiments.data import Batch
@@ -21,7 +21,7 @@ def network(activation, depth, width, examples, seed=0):
     rng = np.random.default_rng(seed)
     images = rng.standard_normal((examples, 4, 4, 3)).astype(np.float32)
     batch = Batch(images, rng.integers(0, 5, examples).astype(np.int32), np.ones(examples, bool))
-    model = MLP(make_layers(activation, "none", stop_gradient=True), 5, depth, width)
+    model = MLP(make_layers(activation, "none", **PUBLISHED._asdict()), 5, depth, width)
     variables = jax.jit(functools.partial(model.init, train=True))(jax.random.key(seed), jnp.asarray(images))
     params = {
         name: layer | {"bias": 0.3 * rng.standard_normal(layer["bias"].shape).astype(np.float32)}

@@ -130,6 +130,7 @@ def test_test_accuracy_counts_every_example_once(tmp_path):
     assert accuracy == np.mean(np.asarray(logits).argmax(-1) == DATASET.test.labels)
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_numbers(tmp_path):
     records = []
     for number in range(3):
@@ -153,6 +154,7 @@ def test_the_last_steps_of_an_epoch_are_recorded_too(tmp_path):
     assert [r["step"] for r in read_metrics(tmp_path) if "train_loss" in r and r["step"] % 32 == 0] == [32, 64]
 
 
+@pytest.mark.slow
 def test_step_over_eight_devices_equals_one(tmp_path):
     assert jax.local_device_count() == 8
     with MetricsLog(tmp_path) as log:
@@ -212,6 +214,7 @@ def test_ctrl_c_leaves_readable_results(tmp_path):
     assert (tmp_path / "learning_curves.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_program_leaves_its_results_in_workdir(tmp_path):
     arguments = ["--epochs", "2", "--workdir", tmp_path / "run", "--activation", "ngelu", "--norm", "group"]
     run = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, check=True)
