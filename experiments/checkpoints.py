@@ -27,6 +27,10 @@ class CheckpointError(Exception):
     """A checkpoint cannot be written, or none can be read; the message says why and what to do."""
 
 
+class _DamageError(Exception):
+    """A checkpoint cannot be read."""
+
+
 class Position(NamedTuple):
     """Where a run stands: what it takes to go on as if it had never stopped.
 
@@ -121,43 +125,49 @@ class Checkpoints:
             CheckpointError: there are checkpoints and none can be read.
         """
         damaged: list[int] = []
-        problem = ""
         order = sorted(self._manager.all_steps(), reverse=True)
         if best and (favourite := self._manager.best_step()) is not None:
             order = [favourite, *(step for step in order if step != favourite)]
         for step in order:
             try:
-                progress = self._read(step, progress=ocp.args.JsonRestore())["progress"]
-                saved = {name: leaf.shape for name, leaf in self._manager.item_metadata(step)["state"].tree.items()}
-                settings = progress.pop("config")
-            except Exception as error:  # whatever the readers of a damaged file raise
-                problem = _in_short(error)
-            else:
-                self._config.check_same_run(settings, self._folder)
-                wanted = _by_name(start)
-                self._check_same_arrays(step, saved, {name: leaf.shape for name, leaf in wanted.items()})
-                present = {name: leaf for name, leaf in wanted.items() if name in saved}
-                layout = jax.tree.map(ocp.utils.to_shape_dtype_struct, present)
-                try:
-                    state = wanted | self._read(step, state=ocp.args.StandardRestore(layout))["state"]
-                except Exception as error:
-                    problem = _in_short(error)
-                else:
-                    for number in damaged:
-                        self._manager.delete(number)
-                    self._saved = (progress["step"], progress["measured"])
-                    return Position(
-                        jax.tree.unflatten(jax.tree.structure(start), list(state.values())),
-                        progress["step"],
-                        progress["measured"],
-                        tuple(progress["records"]),
-                        tuple(progress["recent"]),
-                    )
-            damaged.append(step)
-            on_damage(f"checkpoint {self._folder / str(step)} is damaged ({problem}); going on from the one before")
+                position = self._position(step, start)
+            except _DamageError as error:
+                damaged.append(step)
+                where = self._folder / str(step)
+                on_damage(f"checkpoint {where} is damaged ({error}); going on from the one before")
+                continue
+            for number in damaged:
+                self._manager.delete(number)
+            self._saved = (position.step, position.measured)
+            return position
         if damaged:
             raise CheckpointError(f"no checkpoint in {self._folder} can be read; to start over, remove that folder")
         return None
+
+    def _position(self, step: int, start: TrainState) -> Position:
+        """What one checkpoint holds; ValueError if it is of another run, _DamageError if it cannot be read."""
+        try:
+            progress = self._read(step, progress=ocp.args.JsonRestore())["progress"]
+            saved = {name: leaf.shape for name, leaf in self._manager.item_metadata(step)["state"].tree.items()}
+            settings = progress.pop("config")
+        except Exception as error:  # whatever the readers of a damaged file raise
+            raise _DamageError(_in_short(error)) from error
+        self._config.check_same_run(settings, self._folder)
+        wanted = _by_name(start)
+        self._check_same_arrays(step, saved, {name: leaf.shape for name, leaf in wanted.items()})
+        present = {name: leaf for name, leaf in wanted.items() if name in saved}
+        layout = jax.tree.map(ocp.utils.to_shape_dtype_struct, present)
+        try:
+            state = wanted | self._read(step, state=ocp.args.StandardRestore(layout))["state"]
+        except Exception as error:
+            raise _DamageError(_in_short(error)) from error
+        return Position(
+            jax.tree.unflatten(jax.tree.structure(start), list(state.values())),
+            progress["step"],
+            progress["measured"],
+            tuple(progress["records"]),
+            tuple(progress["recent"]),
+        )
 
     def _read(self, step: int, **items: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))

@@ -203,8 +203,8 @@ def _checked(position: Position, config: TrainConfig) -> Position:
         sound = bool(metrics["sound"])
         if not sound and not config.skip_bad_steps:
             layers = layer_names(position.state.params)
-            bad = [name for name, good in zip(layers, metrics["sound_gradient"], strict=True) if not good]
-            bad = list(dict.fromkeys(bad))
+            each = zip(layers, metrics["sound_gradient"], strict=True)
+            bad = list(dict.fromkeys(name for name, good in each if not good))
             where = f"the gradient of {', '.join(bad[:3])}{', ...' if bad[3:] else ''} is not finite; " if bad else ""
             raise BadStepError(
                 f"the loss is {metrics['loss']} at step {step}; {where}a smaller --learning-rate may help",

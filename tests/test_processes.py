@@ -1,5 +1,6 @@
 """Two processes on one machine, against one, over the same eight devices and batches."""
 
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -8,32 +9,27 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.config import TrainConfig
-from experiments.data.pipeline import Shard, training_batches
+from experiments.loop import train
 from experiments.network import make_network
+from experiments.processes import connect
+from experiments.report import Unheard
 from experiments.steps import make_steps
 
 CONFIG = TrainConfig(model="resnet20", norm="none", train_images=256, batch_size=32, epochs=1, warmup_epochs=0.0)
 
 
-def train(index: int, count: int, port: int, output: Path) -> None:
+def train_part(index: int, count: int, port: int, output: Path) -> None:
     """Eight steps of a ResNet by one of `count` processes; the first one writes the parameters and statistics."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8 // count)
-    if count > 1:
-        jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=index)
+    config = dataclasses.replace(CONFIG, processes=count, process=index, coordinator=f"127.0.0.1:{port}")
+    connect(config)
     assert jax.device_count() == 8
-    mesh = Mesh(np.array(jax.devices()), ("batch",))
-    over_batch, replicated = (NamedSharding(mesh, spec) for spec in (PartitionSpec("batch"), PartitionSpec()))
-
-    dataset = CONFIG.load_data()
-    steps = make_steps(make_network(CONFIG, dataset), CONFIG, dataset)
-    state = jax.jit(steps.create, out_shardings=replicated)(0, 0.05)
-    for part in training_batches(dataset, CONFIG.batch_size, seed=0, epochs=1, shard=Shard(index, count)):
-        batch = jax.tree.map(lambda value: jax.make_array_from_process_local_data(over_batch, value), part)
-        state, _ = steps.train(state, batch)
+    dataset = config.load_data()
+    steps = make_steps(make_network(config, dataset), config, dataset)
+    state, _ = train(steps, dataset, config, Unheard(), show_progress=False)
     assert int(state.step) == 8
     if index == 0:
         leaves = jax.tree_util.tree_leaves_with_path(state.variables)
@@ -59,4 +55,4 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 if __name__ == "__main__":
-    train(*map(int, sys.argv[1:4]), Path(sys.argv[4]))
+    train_part(*map(int, sys.argv[1:4]), Path(sys.argv[4]))
