@@ -161,10 +161,6 @@ def spoil(path, how):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-READERS_OUTLIVE_THEIR_LOOP = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's
-
-
-@READERS_OUTLIVE_THEIR_LOOP
 @pytest.mark.parametrize("how", ["missing", "truncated"])
 def test_a_damaged_checkpoint_is_never_taken_for_whole(steps, interrupted, tmp_path, how):
     """Whichever file it is: the last checkpoint as it was, or word of the damage and the one before."""
@@ -191,7 +187,6 @@ def test_a_damaged_checkpoint_is_never_taken_for_whole(steps, interrupted, tmp_p
     assert all(len(messages) <= 1 and "\n" not in "".join(messages) for messages in told.values())
 
 
-@READERS_OUTLIVE_THEIR_LOOP
 def test_after_damage_the_run_ends_as_if_there_had_been_none(steps, whole, interrupted, tmp_path, capsys):
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "checkpoints" / "22").rglob("d/*"):
@@ -202,7 +197,6 @@ def test_after_damage_the_run_ends_as_if_there_had_been_none(steps, whole, inter
     assert "going on from the one before" in told
 
 
-@READERS_OUTLIVE_THEIR_LOOP
 def test_without_a_checkpoint_that_can_be_read_the_run_does_not_start_over(steps, interrupted, tmp_path):
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "checkpoints").rglob("progress/metadata"):
