@@ -1,6 +1,7 @@
 """Checkpoints of a training run, through Orbax: written while training goes on, whole or not at all."""
 
 import logging
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,19 @@ from experiments.steps import TrainState
 
 for _logger in ("absl", "asyncio"):  # where Orbax logs with a traceback what it raises as well
     logging.getLogger(_logger).setLevel(logging.CRITICAL)
+
+
+def _but_late_reports(report: Any, *, tell: Callable[[Any], object] = sys.unraisablehook) -> None:
+    """Tells of what was raised where nobody can catch it, but for what Orbax leaves behind after a failed save or load.
+
+    Its threads go on with the other files when the first has failed and was raised, and find their event loop closed.
+    """
+    late = "Event loop is closed", "_read_array_index_and_device_put"
+    if not any(part in f"{report.exc_value} {report.object}" for part in late):
+        tell(report)
+
+
+sys.unraisablehook = _but_late_reports
 
 _SCORE = "test_accuracy"
 

@@ -76,21 +76,17 @@ def bound(act, variables, name):
     return act.bind({kind: collection[name] for kind, collection in variables.items() if name in collection})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "form"),
     [
         ("grouped", "default"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                ("same", "default"),
-                ("same", "published"),
-                ("valid", "exact"),
-                ("circular", "default"),
-                ("depthwise", "published"),
-                ("pointwise", "exact"),
-            ]
-        ),
+        ("same", "default"),
+        ("same", "published"),
+        ("valid", "exact"),
+        ("circular", "default"),
+        ("depthwise", "published"),
+        ("pointwise", "exact"),
     ],
 )
 def test_cnn_with_factor_and_shift_folded_into_the_next_layer(kind, form, standard_promotion):

@@ -217,6 +217,7 @@ def test_grad(transform):
     assert net.act.count[...].max() == 2
 
 
+@pytest.mark.slow
 def test_remat():
     xs, net = batches(2), Net(nnx.Rngs(0))
     net.train()
