@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 from numpy.polynomial.legendre import leggauss
 
 from anact_jax.activations import Activation
-from anact_jax.statistics import Stats, value_and_slope, wide_dtype
+from anact_jax.statistics import Stats, check_elementwise, value_and_slope, wide_dtype
 
 _REACH = 10.0  # standard deviations covered on each side; beyond lies 2e-23 of the mass
 _PANELS = 128
@@ -67,7 +67,9 @@ def gaussian_stats(
     weight = density * jnp.concatenate([below * unit_weight, above * unit_weight], axis=-1)
     weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
 
-    y, slope = value_and_slope(f, mean + std * z)
+    x = mean + std * z
+    check_elementwise(f, x)
+    y, slope = value_and_slope(f, x)
 
     def expectation(values: Array) -> Array:
         return jnp.sum(weight * values, axis=-1)

@@ -1,5 +1,7 @@
 """The normalized activation itself, and one step of it with its running statistics."""
 
+import inspect
+import types
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ from anact_jax.activations import Activation
 from anact_jax.factors import Reference, Rule, check_options, normalization
 from anact_jax.running import check_momentum, informative, update_stats
 from anact_jax.statistics import Stats, activation_stats, canonical_axes, wide_dtype
-from anact_jax.tempering import check_nonlinearity
+from anact_jax.tempering import Leaky, check_nonlinearity
 
 
 class Form(NamedTuple):
@@ -81,7 +83,7 @@ def normalize(
         y = f(x.astype(wide)).astype(wide)
         return (jnp.broadcast_to(factor, y.shape) * (y - jnp.broadcast_to(shift, y.shape))).astype(x.dtype)
 
-    y: Array = jax.checkpoint(scaled, prevent_cse=False)(x, jnp.asarray(factor, wide), jnp.asarray(shift, wide))
+    y: Array = jax.checkpoint(scaled)(x, jnp.asarray(factor, wide), jnp.asarray(shift, wide))
     return y
 
 
@@ -154,6 +156,53 @@ def anact(
     (1.0, 1.0)
     """
     update = not use_running_average if update is None else update
+    step = _step_traced_once if _always_the_same(f) else _step
+    return step(
+        f,
+        x,
+        running,
+        mask,
+        correction,
+        rule=rule,
+        center=center,
+        reference=reference,
+        momentum=momentum,
+        feature_axes=feature_axes if isinstance(feature_axes, int) else tuple(feature_axes),
+        use_running_average=use_running_average,
+        update=update,
+        axis_name=tuple(axis_name) if isinstance(axis_name, list) else axis_name,
+        axis_index_groups=None if axis_index_groups is None else tuple(map(tuple, axis_index_groups)),
+        stop_gradient=stop_gradient,
+    )
+
+
+def _always_the_same(f: Activation) -> bool:
+    """Whether f cannot depend on values that change: it is compiled by JAX, or a function without a closure."""
+    if isinstance(f, Leaky):
+        return isinstance(f.kappa, float) and _always_the_same(f.f)
+    if isinstance(f, jax.custom_jvp):
+        return _always_the_same(f.fun)
+    return isinstance(f, jax.stages.Wrapped) or (isinstance(f, types.FunctionType) and f.__closure__ is None)
+
+
+def _step(
+    f: Activation,
+    x: Array,
+    running: Stats,
+    mask: Array | None,
+    correction: Array | float,
+    *,
+    rule: Rule,
+    center: bool,
+    reference: Reference,
+    momentum: float,
+    feature_axes: int | tuple[int, ...],
+    use_running_average: bool,
+    update: bool,
+    axis_name: Hashable | None,
+    axis_index_groups: tuple[tuple[int, ...], ...] | None,
+    stop_gradient: bool,
+) -> tuple[Array, Stats]:
     axes = canonical_axes(feature_axes, x.ndim)
     features = tuple(x.shape[axis] for axis in axes)
     if running.count.shape != features:
@@ -179,3 +228,10 @@ def anact(
     factor, shift = (jnp.expand_dims(value, unreduced) for value in (factor + correction, shift))
     y = normalize(f, x, factor, shift)
     return y, jax.lax.stop_gradient(update_stats(running, batch, momentum=momentum)) if update else running
+
+
+# The layers of a network that agree in all but their arrays' values are traced once, not once each.
+_step_traced_once = jax.jit(
+    _step,
+    static_argnames=["f", *(p.name for p in inspect.signature(_step).parameters.values() if p.kind == p.KEYWORD_ONLY)],
+)

@@ -1,9 +1,10 @@
 """Batch statistics of an activation: the only place that talks across devices."""
 
+import functools
 import itertools
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from anact_jax.activations import Activation
+from anact_jax.sums import sums
 
 
 class Stats(NamedTuple):
@@ -38,9 +40,8 @@ class Stats(NamedTuple):
     slope_sq: Float[Array, "*features"]
 
 
-# A number whose square, summed over 1e8 elements, still fits in float32. Anything larger counts as
-# non-finite, so that no sum below can overflow and spoil the gradient of its finite elements.
-_LARGEST = 1e15
+# Sums of squares from here on count as non-finite, so that nothing below can overflow in float32.
+_LARGEST = 1e30
 
 
 def activation_stats(
@@ -69,9 +70,9 @@ def activation_stats(
             one group. Two groups of four devices: `[[0, 1, 2, 3], [4, 5, 6, 7]]`.
 
     Returns:
-        `Stats` of shape `()`, or of x's shape at `feature_axes`. No elements: all zeros. An element
-        that is NaN, infinite or above 1e15 in x, f(x) or f'(x): NaN for the moments of its feature,
-        while their gradient stays finite. `update_stats` leaves such batches out.
+        `Stats` of shape `()`, or of x's shape at `feature_axes`. No elements: all zeros. Where x,
+        f(x) or f'(x) has an element that is NaN or infinite, or squares that sum to 1e30 (one element of 1e15): NaN
+        for the moments of that feature, and no gradient through them. `update_stats` leaves such batches out.
 
     Raises:
         TypeError: x or f(x) is not real floating point.
@@ -86,6 +87,7 @@ def activation_stats(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"activation_stats needs a floating-point x, got dtype {x.dtype}; cast it first")
     axes = canonical_axes(feature_axes, x.ndim)
+    check_elementwise(f, x)
     if mask is not None:
         mask = jnp.asarray(mask)
         if mask.ndim > x.ndim or any(m not in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
@@ -98,9 +100,9 @@ def activation_stats(
     if axis_index_groups is not None and axis_name is None:
         raise ValueError("axis_index_groups divide the shards of a mapped axis; name it by axis_name")
 
-    # Only x and the mask are kept for a gradient: everything between is computed again there.
-    moments = jax.checkpoint(lambda x: _moments(f, x, mask, axes), prevent_cse=False)
-    local = moments(x)
+    measured = _measured(f, axes, jax.lax.stop_gradient(x), mask)
+    # Only x, the mask and what was measured are kept for a gradient: everything between is computed again there.
+    local = jax.checkpoint(lambda x: _moments(f, axes, x, mask, measured))(x)
     return local if axis_name is None else _over_shards(local, axis_name, axis_index_groups)
 
 
@@ -132,47 +134,96 @@ def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     return wide
 
 
-def _moments(f: Activation, x: Array, mask: Array | None, feature_axes: tuple[int, ...]) -> Stats:
-    dtype = wide_dtype(x.dtype)
-    reduced = tuple(axis for axis in range(x.ndim) if axis not in feature_axes)
-    features = tuple(x.shape[axis] for axis in feature_axes)
+def _measured(f: Activation, axes: tuple[int, ...], x: Array, mask: Array | None) -> Stats:
+    """The moments, for an x without gradient.
 
+    A first pass takes m = E[x], a second all else: sums about m and f(m), which lie so near to the means that no
+    accuracy is lost.
+    """
+    dtype, reduced = wide_dtype(x.dtype), tuple(axis for axis in range(x.ndim) if axis not in axes)
+    features = tuple(x.shape[axis] for axis in axes)
     if mask is None:
-        members = jnp.ones(x.shape, bool)
         count = jnp.full(features, x.size // max(1, math.prod(features)), dtype)
     else:
-        members = jnp.broadcast_to(mask, x.shape)
-        count = jnp.sum(members, axis=reduced, dtype=jnp.int32).astype(dtype)
+        count = jnp.sum(jnp.broadcast_to(mask, x.shape), axis=reduced, dtype=jnp.int32).astype(dtype)
+
+    def mean(total: Array) -> Array:
+        return total / jnp.maximum(count, 1)
+
+    m = mean(jnp.sum(x, axis=reduced, dtype=dtype, where=mask))
+    shape = tuple(1 if axis in reduced[:1] else size for axis, size in enumerate(x.shape))
+    at_m = jnp.mean(f(jnp.broadcast_to(jnp.expand_dims(m, reduced), shape)).astype(dtype), axis=reduced)
+    at_m = jnp.where(jnp.isfinite(at_m), at_m, 0)
+
+    def terms(x: Array, mask: Array | None, m: Array, at_m: Array) -> list[Array]:
+        y, slope = value_and_slope(f, x.astype(dtype))
+        about_m, about_at_m = x.astype(dtype) - m, y - at_m
+        if mask is not None:
+            about_m, about_at_m, slope = (jnp.where(mask, value, 0) for value in (about_m, about_at_m, slope))
+        return [about_m, about_m**2, about_at_m, about_at_m**2, slope**2]
+
+    found = sums(terms, x, mask, m, at_m, feature_axes=axes)
+    about_m, about_m_sq, about_at_m, about_at_m_sq, slope_sq = map(mean, found)
+    mean_in, mean_out = m + about_m, at_m + about_at_m
+    var_in, var_out = about_m_sq - about_m**2, about_at_m_sq - about_at_m**2
+    squares = var_in + mean_in**2, var_out + mean_out**2, slope_sq
+    sound = jnp.all(jnp.stack([count * square < _LARGEST for square in squares]), axis=0)
+    moments = mean_in, jnp.maximum(0, var_in), mean_out, jnp.maximum(0, var_out), slope_sq
+    return Stats(count, *(jnp.where(sound, moment, jnp.nan) for moment in moments))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _moments(f: Activation, axes: tuple[int, ...], x: Array, mask: Array | None, measured: Stats) -> Stats:
+    """What was measured, with its derivative in x."""
+    del f, axes, x, mask
+    return measured
+
+
+@_moments.defjvp
+def _moments_jvp(
+    f: Activation, axes: tuple[int, ...], primals: tuple[Array, Array | None, Stats], tangents: tuple[Array, Any, Stats]
+) -> tuple[Stats, Stats]:
+    x, mask, measured = primals
+    moments = _moments(f, axes, x, mask, measured)
+    reduced = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    sound = jnp.isfinite(moments.mean_in)
+    counted = jnp.expand_dims(sound, reduced) if mask is None else jnp.expand_dims(sound, reduced) & mask
+
+    def evaluated(x: Array) -> tuple[Array, Array, Array]:
+        x = x.astype(wide_dtype(x.dtype))
+        return x, *value_and_slope(f, x)
+
+    (x, y, slope), (dx, dy, dslope) = jax.jvp(evaluated, (x,), (jnp.where(counted, tangents[0], 0),))
 
     def mean(values: Array) -> Array:
-        return jnp.sum(values, axis=reduced, where=members) / jnp.maximum(count, 1)
+        return jnp.sum(jnp.where(counted, values, 0), axis=reduced) / jnp.maximum(moments.count, 1)
 
-    def variance(values: Array, mean_value: Array) -> Array:
-        deviation = values - jnp.expand_dims(mean_value, reduced)
-        # The second term is what rounding left in the mean.
-        return jnp.maximum(0, mean(deviation**2) - mean(deviation) ** 2)
+    def about(values: Array, mean: Array) -> Array:
+        return 2 * (values - jnp.expand_dims(jnp.where(sound, mean, 0), reduced))
 
-    x = x.astype(dtype)
-    representable = jnp.abs(x) < _LARGEST
-    x = jnp.where(members & representable, x, 0)
-    y, slope = value_and_slope(f, x)
-    representable &= (jnp.abs(y) < _LARGEST) & (jnp.abs(slope) < _LARGEST)
-    y, slope = jnp.where(representable, y, 0), jnp.where(representable, slope, 0)
-
-    mean_in, mean_out = mean(x), mean(y)
-    moments = (mean_in, variance(x, mean_in), mean_out, variance(y, mean_out), mean(slope**2))
-    spoiled = jnp.any(members & ~representable, axis=reduced)
-    return Stats(count, *(jnp.where(spoiled, jnp.nan, moment) for moment in moments))
+    return moments, Stats(
+        jnp.zeros_like(moments.count),
+        mean(dx),
+        mean(about(x, moments.mean_in) * dx),
+        mean(dy),
+        mean(about(y, moments.mean_out) * dy),
+        mean(2 * slope * dslope),
+    )
 
 
 def value_and_slope(f: Activation, x: Array) -> tuple[Array, Array]:
-    """f(x) and f'(x), by forward-mode autodiff, in x's dtype; refuses an f that is not elementwise."""
+    """f(x) and f'(x), by forward-mode autodiff, in x's dtype."""
     y, slope = jax.jvp(f, (x,), (jnp.ones_like(x),))
+    return y.astype(x.dtype), slope.astype(x.dtype)
+
+
+def check_elementwise(f: Activation, x: Array) -> None:
+    """Raises ValueError or TypeError where f does not map x in its wide dtype to real numbers of x's shape."""
+    y = jax.eval_shape(f, jax.ShapeDtypeStruct(x.shape, wide_dtype(x.dtype)))
     if y.shape != x.shape:
         raise ValueError(f"f must be elementwise: it turned shape {x.shape} into {y.shape}")
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(f"f must return floating-point values, got dtype {y.dtype}")
-    return y.astype(x.dtype), slope.astype(x.dtype)
 
 
 def _over_shards(

@@ -1,10 +1,12 @@
 """How far an activation is from linear, and how to bring it nearer."""
 
+import dataclasses
 import functools
 from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from anact_jax.activations import Activation
@@ -62,8 +64,20 @@ def tempered(f: Activation, limit: float | None) -> Activation:
         return f
     check_nonlinearity(limit)
     constant = _constant_leak(f, limit, jnp.result_type(float)) if isinstance(f, Hashable) else None
-    kappa = _leak(f, limit) if constant is None else constant
-    return lambda x: f(x) + jnp.asarray(kappa, jnp.result_type(x)) * x
+    return Leaky(f, _leak(f, limit) if constant is None else constant)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaky:
+    """`x -> f(x) + kappa x`; equal where f and kappa are, so that it compiles once."""
+
+    f: Activation
+    kappa: float | Float[Array, ""]
+
+    def __call__(self, x: ArrayLike) -> Array:
+        """The activation of x."""
+        x = jnp.asarray(x)
+        return self.f(x) + jnp.asarray(self.kappa, x.dtype) * x
 
 
 def check_nonlinearity(limit: float) -> None:

@@ -10,12 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import tyro
 
+from experiments.benchmarks.measuring import random_images
 from experiments.cli import FAILED, fail
 from experiments.data import Augmentation, DataError, Dataset, load, training_batches
-from experiments.data.sets import Arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ def main() -> int:
     config = tyro.cli(Config)
     print("| images | processes | images/s | slowest-fastest |\n|---|---|---|---|")
     for shape in ((28, 28, 1), (32, 32, 3), (64, 64, 3)):
-        measure(f"random {shape}, in memory", _random(shape), config, workers=0)
+        measure(f"random {shape}, in memory", random_images(shape, 10_000), config, workers=0)
     if config.dataset is not None:
         try:
             dataset = load(config.dataset, config.data_dir, memory_limit=0)
@@ -68,12 +67,6 @@ def measure(label: str, dataset: Dataset, config: Config, workers: int) -> None:
     batches.close()
     del rates[0]
     print(f"| {label} | {workers} | {statistics.median(rates):.0f} | {min(rates):.0f}-{max(rates):.0f} |")
-
-
-def _random(shape: tuple[int, int, int]) -> Dataset:
-    images = np.random.default_rng(0).integers(0, 256, (10_000, *shape), np.uint8)
-    examples = Arrays(images, np.zeros(len(images), np.int32))
-    return Dataset(examples, examples, 10, np.full(shape[-1], 128.0), np.full(shape[-1], 64.0), pad=4, flip=True)
 
 
 if __name__ == "__main__":

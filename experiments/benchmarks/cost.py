@@ -1,0 +1,166 @@
+"""What an adaptively normalized activation costs, alone and in whole training steps.
+
+See `python experiments/benchmarks/cost.py --help`.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import tyro
+
+from experiments.benchmarks import operation, training_step
+from experiments.benchmarks.measuring import Spread, ratios, seconds
+from experiments.cli import BAD_SETTINGS, fail
+from experiments.models import check_name
+
+SHAPES = ((128, 512), (128, 32, 32, 16), (64, 32, 32, 64), (256, 56, 56, 64))
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Times each case beside the plain activation, in turn, and gives the ratio: median and quartiles of the rounds.
+
+    Prints tables in Markdown; writes all figures to `cost.json` and draws `cost.png`.
+    """
+
+    shapes: tuple[str, ...] = tuple("x".join(map(str, shape)) for shape in SHAPES)
+    """shapes of the operation's input; none skips it"""
+    dtypes: tuple[str, ...] = DTYPES
+    """its dtypes"""
+    networks: tuple[str, ...] = tuple(training_step.NETWORKS)
+    """networks whose training step is timed; none skips it"""
+    repeats: int = 15
+    """rounds that count, after one that does not"""
+    workdir: Path = Path("runs/cost")
+    """where the results go"""
+
+    def check(self) -> None:
+        """Raises ValueError at the first setting that cannot be."""
+        for network in self.networks:
+            check_name("network", network, training_step.NETWORKS)
+        for dtype in self.dtypes:
+            check_name("dtype", dtype, DTYPES)
+        for shape in self.shapes:
+            if not all(size.isdigit() and int(size) for size in shape.split("x")):
+                raise ValueError(f"a shape is positive numbers with x between, such as 128x512, got {shape!r}")
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+
+
+def main() -> int:
+    """Runs the program and returns its exit status."""
+    config = tyro.cli(Config, description=Config.__doc__)
+    try:
+        config.check()
+        config.workdir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        return fail(str(error), BAD_SETTINGS)
+    rows: list[dict[str, Any]] = []
+    for shape in config.shapes:
+        for dtype in config.dtypes:
+            rows += _shown(measure_operation(tuple(map(int, shape.split("x"))), dtype, config.repeats))
+    for network in config.networks:
+        rows += _shown(measure_training_step(network, config.repeats))
+    results = {"machine": _machine(), "repeats": config.repeats, "rows": rows}
+    (config.workdir / "cost.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(rows, config.workdir / "cost.png")
+    return 0
+
+
+def measure_operation(shape: tuple[int, ...], dtype: str, repeats: int) -> list[dict[str, Any]]:
+    """The activation alone, forward and backward, a row for each case."""
+    programs = {}
+    for name, layer in operation.LAYERS.items():
+        program, arguments = operation.compiled(layer, shape, jnp.dtype(dtype))
+        programs[name] = lambda program=program, arguments=arguments: program(*arguments)
+    taken = seconds(programs, repeats)
+    return [
+        {
+            "what": f"{'x'.join(map(str, shape))} {dtype}",
+            "case": name,
+            "ratio": ratio,
+            "ms": 1e3 * Spread.of(taken[name]).median,
+            "saved MB": operation.residual_bytes(operation.LAYERS[name], shape, jnp.dtype(dtype)) / 1e6,
+        }
+        for name, ratio in ratios(taken, operation.PLAIN).items()
+    ]
+
+
+def measure_training_step(network: str, repeats: int) -> list[dict[str, Any]]:
+    """A network's training step, a row for each side."""
+    chosen = training_step.NETWORKS[network]
+    programs = {side: training_step.compiled(chosen, side) for side in training_step.SIDES}
+    taken = seconds({side: program.call for side, program in programs.items()}, repeats)
+    return [
+        {
+            "what": str(chosen),
+            "case": side,
+            "ratio": ratio,
+            "ms": 1e3 * Spread.of(taken[side]).median,
+            "temporary MB": programs[side].temporary_bytes / 1e6,
+            "trace s": programs[side].trace,
+            "compile s": programs[side].compile,
+        }
+        for side, ratio in ratios(taken, training_step.PLAIN).items()
+    ]
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws the ratios, a panel for each thing measured."""
+    panels = list(dict.fromkeys(row["what"] for row in rows))
+    lines = -(-len(panels) // 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(12, 2.4 * lines), layout="constrained", squeeze=False)
+    for panel, what in zip(axes.flat, panels, strict=False):
+        cases = [row for row in rows if row["what"] == what][::-1]
+        medians = [row["ratio"].median for row in cases]
+        errors = [
+            [row["ratio"].median - row["ratio"].low for row in cases],
+            [row["ratio"].high - row["ratio"].median for row in cases],
+        ]
+        colors = ["tab:blue" if row["case"].startswith("NSwish") else "tab:gray" for row in cases]
+        panel.barh([row["case"] for row in cases], medians, xerr=errors, color=colors)
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set(title=what, xlabel="time, plain swish = 1")
+    for panel in axes.flat[len(panels) :]:
+        panel.remove()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prints the rows as a table."""
+    columns = [name for name in rows[0] if name not in ("what", "case")]
+    print(f"\n**{rows[0]['what']}**\n\n| case | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
+    for row in rows:
+        cells = (
+            str(value) if isinstance(value, Spread) else f"{value:.3g}" for value in (row[name] for name in columns)
+        )
+        print(f"| {row['case']} | {' | '.join(cells)} |", flush=True)
+    return rows
+
+
+def _machine() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
