@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +42,8 @@ class Stats(NamedTuple):
 
 # Sums of squares from here on count as non-finite, so that nothing below can overflow in float32.
 _LARGEST = 1e30
+
+_FEW_SHARDS = 16  # up to which moments are gathered: a table of 16 rows costs less than a second collective
 
 
 def activation_stats(
@@ -229,11 +231,11 @@ def check_elementwise(f: Activation, x: Array) -> None:
 def _over_shards(
     local: Stats, axis_name: Hashable | Sequence[Hashable], groups: Sequence[Sequence[int]] | None
 ) -> Stats:
-    """Merges the moments of the shards, or of this shard's group, count-weighted, with one collective.
+    """Merges the moments of the shards, or of this shard's group, count-weighted and without E[x^2] - E[x]^2.
 
-    Each shard writes its row into a table of zeros and the tables are summed: a gather whose result
-    every shard is known to share (which `shard_map` checks). Having all rows lets the variance
-    between shards be taken about the common mean, without the cancellation of E[x^2] - E[x]^2.
+    Few shards sum a table that has a row of moments for each: a gather, in one collective, whose result every shard is
+    known to share (which `shard_map` checks). Among many the table would be large, so they sum twice: to have the
+    means, then about them.
     """
     name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     try:
@@ -244,27 +246,43 @@ def _over_shards(
             f"jax.pmap(..., axis_name={axis_name!r}), jax.vmap or jax.shard_map over that axis, or leave axis_name "
             "out (under jit with sharded arrays the statistics are global already)"
         ) from error
-    row = jnp.stack(local)
-    table = jax.lax.psum(jnp.zeros((shards, *row.shape), row.dtype).at[index].set(row), name)
-    if groups is not None:
-        if sorted(itertools.chain(*groups)) != list(range(shards)):
-            raise ValueError(
-                f"axis_index_groups must hold each index of axis {axis_name!r}, 0 to {shards - 1}, once, got {groups}"
-            )
-        group_of = np.zeros(shards, np.int32)
-        for number, group in enumerate(groups):
-            group_of[list(group)] = number
-        ours = jnp.expand_dims(group_of == jnp.asarray(group_of)[index], range(1, table.ndim))
-        table = jnp.where(ours, table, 0)  # to us, the others' shards are empty
-    count, mean_in, var_in, mean_out, var_out, slope_sq = jnp.moveaxis(table, 1, 0)
+    groups = [range(shards)] if groups is None else groups
+    if sorted(itertools.chain(*groups)) != list(range(shards)):
+        raise ValueError(
+            f"axis_index_groups must hold each index of axis {axis_name!r}, 0 to {shards - 1}, once, got {groups}"
+        )
+    group_of = np.zeros(shards, np.int32)
+    for number, group in enumerate(groups):
+        group_of[list(group)] = number
+    ours = 0 if len(groups) == 1 else jnp.asarray(group_of)[index]
 
-    total = jnp.sum(count, axis=0)
-    weight = count / jnp.maximum(total, 1)[None]
+    def table(rows: int, row: Array | int, values: Sequence[Array]) -> Array:
+        mine = jnp.stack(values)
+        every: Array = jax.lax.psum(jnp.zeros((rows, *mine.shape), mine.dtype).at[row].set(mine), name)
+        return every
 
-    def merged(mean: Array, variance: Array) -> tuple[Array, Array]:
-        grand_mean = jnp.sum(weight * mean, axis=0)
-        deviation = mean - grand_mean[None]
-        between = jnp.sum(weight * deviation**2, axis=0) - jnp.sum(weight * deviation, axis=0) ** 2
-        return grand_mean, jnp.sum(weight * variance, axis=0) + jnp.maximum(0, between)
+    if shards > _FEW_SHARDS:
+        return _merged(lambda *values: table(len(groups), ours, values)[ours], local)
+    moments = table(shards, index, local)
+    in_our_group = jnp.expand_dims(group_of == ours, range(1, moments.ndim))
+    moments = jnp.where(in_our_group, moments, 0)  # to us, the others' shards are empty
+    merged = _merged(lambda *values: jnp.sum(jnp.stack(values), axis=1, keepdims=True), jnp.moveaxis(moments, 1, 0))
+    return Stats(*(moment[0] for moment in merged))
 
-    return Stats(total, *merged(mean_in, var_in), *merged(mean_out, var_out), jnp.sum(weight * slope_sq, axis=0))
+
+def _merged(total: Callable[..., Array], shards: Iterable[Array]) -> Stats:
+    """The moments of all shards together, with `total` for summing over the shards."""
+    count, mean_in, var_in, mean_out, var_out, slope_sq = shards
+    elements, in_, out = total(count, count * mean_in, count * mean_out)
+    share, grand_in, grand_out = (value / jnp.maximum(elements, 1) for value in (count, in_, out))
+    off_in, off_out = mean_in - grand_in, mean_out - grand_out
+    # What the sums of `off` find is what rounding left in the means.
+    in_, in_sq, out, out_sq, slope_sq = total(
+        share * off_in,
+        share * (var_in + off_in**2),
+        share * off_out,
+        share * (var_out + off_out**2),
+        share * slope_sq,
+    )
+    var_in, var_out = (jnp.maximum(0, square - off**2) for square, off in ((in_sq, in_), (out_sq, out)))
+    return Stats(elements, grand_in, var_in, grand_out, var_out, slope_sq)

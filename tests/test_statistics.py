@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
+import anact_jax.statistics
 from anact_jax import ACTIVATIONS, Stats, activation_stats, informative
 
 
@@ -178,11 +179,17 @@ def sharded_stats(how, x, mask, **options):
     return jax.jit(lambda x, m: measure(x, mask=m))(jax.device_put(x, sharding), jax.device_put(mask, sharding))
 
 
+@pytest.fixture(params=["few", "many"])
+def shards_are(request, monkeypatch):
+    """Whether eight shards are few, which gather their moments, or many, which sum twice."""
+    monkeypatch.setattr(anact_jax.statistics, "_FEW_SHARDS", {"few": 8, "many": 7}[request.param])
+
+
 @pytest.mark.parametrize("how", ["pmap", "shard_map", "jit"])
 @pytest.mark.parametrize("feature_axes", [(), -1])
 @pytest.mark.parametrize(("offset", "rtol"), [(0.5, 1e-6), (1e4, 1e-3)])
 @pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
-def test_shards_equal_the_full_batch(how, feature_axes, offset, rtol):
+def test_shards_equal_the_full_batch(how, feature_axes, offset, rtol, shards_are):
     """Cross-device statistics were wrong elsewhere with uneven masks (flax#2417)."""
     x, mask = jnp.asarray(normal((8, 6, 5), offset)), jnp.asarray(SHARDED_MASK)
     whole = activation_stats(jax.nn.swish, x, mask=mask, feature_axes=feature_axes)
@@ -199,7 +206,7 @@ GROUPS = ((0, 3, 4, 6), (1, 2, 5, 7))
 
 @pytest.mark.parametrize("how", ["pmap", "vmap"])
 @pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
-def test_groups_of_shards_share_a_batch(how):
+def test_groups_of_shards_share_a_batch(how, shards_are):
     x, mask = jnp.asarray(normal((8, 6, 5), 0.5)), jnp.asarray(SHARDED_MASK)
     x = x.at[1].set(jnp.nan)  # spoils its own group, not the other
 
