@@ -156,7 +156,7 @@ def anact(
     (1.0, 1.0)
     """
     update = not use_running_average if update is None else update
-    step = _step_traced_once if _always_the_same(f) else _step
+    step = _step_traced_once if isinstance(x, jax.core.Tracer) and _always_the_same(f) else _step
     return step(
         f,
         x,

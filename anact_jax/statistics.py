@@ -43,7 +43,7 @@ class Stats(NamedTuple):
 # Sums of squares from here on count as non-finite, so that nothing below can overflow in float32.
 _LARGEST = 1e30
 
-_FEW_SHARDS = 16  # up to which moments are gathered: a table of 16 rows costs less than a second collective
+FEW_SHARDS = 16  # up to which moments are gathered: a table of 16 rows costs less than a second collective
 
 
 def activation_stats(
@@ -261,7 +261,7 @@ def _over_shards(
         every: Array = jax.lax.psum(jnp.zeros((rows, *mine.shape), mine.dtype).at[row].set(mine), name)
         return every
 
-    if shards > _FEW_SHARDS:
+    if shards > FEW_SHARDS:
         return _merged(lambda *values: table(len(groups), ours, values)[ours], local)
     moments = table(shards, index, local)
     in_our_group = jnp.expand_dims(group_of == ours, range(1, moments.ndim))

@@ -17,3 +17,13 @@ def fail(message: str, status: int) -> int:
 def say(message: str) -> None:
     """Says something in one line, beside the results."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+
+
+def table_head(*names: str) -> str:
+    """The head of a table in Markdown."""
+    return f"{table_row(*names)}\n{table_row(*['---'] * len(names))}"
+
+
+def table_row(*cells: str) -> str:
+    """A row of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from anact_jax import RULES
 from anact_jax.tempering import check_nonlinearity
 from experiments.cells import Outcome, Results
+from experiments.cli import table_head, table_row
 from experiments.models import TRACKINGS, ActivationName, check_name
 
 _PANELS_IN_A_ROW = 3
@@ -209,10 +210,9 @@ def _finished(table: Table) -> Table:
 def markdown_table(table: Table) -> str:
     """Test accuracy in percent; in parentheses, beside normalized activations, the difference from the plain ones."""
     sides = list(table)
-    rows = ["| activation | " + " | ".join(map(str, sides)) + " |", "| --- |" + " --- |" * len(sides)]
+    rows = [table_head("activation", *map(str, sides))]
     for activation in sorted({name for column in table.values() for name in column}):
-        cells = [_cell(table, side, activation) for side in sides]
-        rows.append(f"| {activation} | " + " | ".join(cells) + " |")
+        rows.append(table_row(activation, *(_cell(table, side, activation) for side in sides)))
     return "\n".join(rows)
 
 

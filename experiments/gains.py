@@ -1,6 +1,6 @@
 """What the activations of a Linen network do to variance, layer by layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from anact_jax import PUBLISHED, Normalization, activation_stats
 from anact_jax.diagnostics import LayerGains, gains_of, linen_layers
 from anact_jax.export import constants
 from anact_jax.linen import ANAct
-from experiments.models import Plain
+from experiments.models import Plain, on_each
 
 
 def layer_gains(
@@ -26,18 +26,16 @@ def layer_gains(
     def measure(variables: PyTree[Array | np.ndarray], images: Array) -> list[LayerGains]:
         measured = []
 
-        def on_call(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            module = context.module
-            if isinstance(module, ANAct | Plain) and context.method_name == "__call__":
-                numbers, fn = Normalization(jnp.ones(()), jnp.zeros(())), module.fn
-                feature_axes: int | Sequence[int] = ()
-                if isinstance(module, ANAct):
-                    numbers, fn, feature_axes = constants(module), module.activation, module.feature_axes
-                stats = activation_stats(fn, args[0], feature_axes=feature_axes)
-                measured.append(gains_of("/".join(module.path), stats, numbers))
-            return call(*args, **kwargs)
+        def visit(module: ANAct | Plain, x: Array) -> None:
+            numbers, fn = Normalization(jnp.ones(()), jnp.zeros(())), module.fn
+            feature_axes: int | Sequence[int] = ()
+            if isinstance(module, ANAct):
+                numbers, fn, feature_axes = constants(module), module.activation, module.feature_axes
+            measured.append(
+                gains_of("/".join(module.path), activation_stats(fn, x, feature_axes=feature_axes), numbers)
+            )
 
-        with nn.intercept_methods(on_call):
+        with on_each(ANAct | Plain, visit):
             model.apply(variables, images, train=False)
         return measured
 

@@ -1,8 +1,6 @@
 """The network that a configuration asks for."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,7 +8,7 @@ import jax.numpy as jnp
 
 from experiments.config import TrainConfig
 from experiments.data import Dataset
-from experiments.models import ActivationName, Plain, make_layers, make_model
+from experiments.models import ActivationName, Plain, make_layers, make_model, on_each
 
 
 def make_network(config: TrainConfig, dataset: Dataset, *, convs_by_matmul: bool = False) -> nn.Module:
@@ -47,12 +45,7 @@ def make_network(config: TrainConfig, dataset: Dataset, *, convs_by_matmul: bool
         """Number of plain activations."""
         calls = []
 
-        def count(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            if isinstance(context.module, Plain) and context.method_name == "__call__":
-                calls.append(context.module)
-            return call(*args, **kwargs)
-
-        with nn.intercept_methods(count):
+        with on_each(Plain, lambda module, _: calls.append(module)):
             jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
         return len(calls)
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from anact_jax import DEFAULT
 from experiments.cells import Results
-from experiments.cli import BAD_SETTINGS, fail
+from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
 from experiments.comparison import Interval, Runs, Side, Table, Variant, arrange
 
 ALLOWED_LOSS = 0.003  # accuracy
@@ -106,8 +106,8 @@ def forms_table(results: Results) -> str:
                 form = "plain" if side.variant is None else str(side.variant)
                 columns.setdefault(network, {})[form] = f"{runs.accuracy()} at {runs.rate:g}"
     forms = sorted({form for column in columns.values() for form in column}, key=lambda form: (len(form), form))
-    lines = ["| form | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    lines += [f"| {form} | " + " | ".join(column.get(form, "") for column in columns.values()) + " |" for form in forms]
+    lines = [table_head("form", *columns)]
+    lines += [table_row(form, *(column.get(form, "") for column in columns.values())) for form in forms]
     return "\n".join(lines)
 
 
@@ -174,7 +174,7 @@ def _line(row: Row, comparisons: int) -> str:
         "" if rival is None else f"{rival} {row.rivals[rival].accuracy()}",
         against,
     ]
-    return "| " + " | ".join(cells) + " |"
+    return table_row(*cells)
 
 
 def _signed(interval: Interval) -> str:

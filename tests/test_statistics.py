@@ -182,7 +182,7 @@ def sharded_stats(how, x, mask, **options):
 @pytest.fixture(params=["few", "many"])
 def shards_are(request, monkeypatch):
     """Whether eight shards are few, which gather their moments, or many, which sum twice."""
-    monkeypatch.setattr(anact_jax.statistics, "_FEW_SHARDS", {"few": 8, "many": 7}[request.param])
+    monkeypatch.setattr(anact_jax.statistics, "FEW_SHARDS", {"few": 8, "many": 7}[request.param])
 
 
 @pytest.mark.parametrize("how", ["pmap", "shard_map", "jit"])

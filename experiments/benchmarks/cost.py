@@ -21,7 +21,7 @@ import tyro
 
 from experiments.benchmarks import operation, training_step
 from experiments.benchmarks.measuring import Spread, ratios, seconds
-from experiments.cli import BAD_SETTINGS, fail
+from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
 from experiments.models import check_name
 
 SHAPES = ((128, 512), (128, 32, 32, 16), (64, 32, 32, 64), (256, 56, 56, 64))
@@ -142,12 +142,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Prints the rows as a table."""
     columns = [name for name in rows[0] if name not in ("what", "case")]
-    print(f"\n**{rows[0]['what']}**\n\n| case | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
+    print(f"\n**{rows[0]['what']}**\n\n{table_head('case', *columns)}")
     for row in rows:
         cells = (
             str(value) if isinstance(value, Spread) else f"{value:.3g}" for value in (row[name] for name in columns)
         )
-        print(f"| {row['case']} | {' | '.join(cells)} |", flush=True)
+        print(table_row(row["case"], *cells), flush=True)
     return rows
 
 

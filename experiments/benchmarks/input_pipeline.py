@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from experiments.benchmarks.measuring import random_images
-from experiments.cli import FAILED, fail
+from experiments.cli import FAILED, fail, table_head, table_row
 from experiments.data import Augmentation, DataError, Dataset, load, training_batches
 
 
@@ -41,7 +41,7 @@ class Config:
 def main() -> int:
     """Runs the program and returns its exit status."""
     config = tyro.cli(Config)
-    print("| images | processes | images/s | slowest-fastest |\n|---|---|---|---|")
+    print(table_head("images", "processes", "images/s", "slowest-fastest"))
     for shape in ((28, 28, 1), (32, 32, 3), (64, 64, 3)):
         measure(f"random {shape}, in memory", random_images(shape, 10_000), config, workers=0)
     if config.dataset is not None:
@@ -66,7 +66,7 @@ def measure(label: str, dataset: Dataset, config: Config, workers: int) -> None:
         rates.append(images / (time.perf_counter() - start))
     batches.close()
     del rates[0]
-    print(f"| {label} | {workers} | {statistics.median(rates):.0f} | {min(rates):.0f}-{max(rates):.0f} |")
+    print(table_row(label, str(workers), f"{statistics.median(rates):.0f}", f"{min(rates):.0f}-{max(rates):.0f}"))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ See `python experiments/benchmarks/part_of_batch.py --help`.
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +16,10 @@ from jaxtyping import Array
 
 from anact_jax import activation_stats, normalization
 from anact_jax.linen import ANAct
-from experiments.cli import BAD_SETTINGS, fail
+from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
 from experiments.config import TrainConfig
 from experiments.data import DataError, training_batches
+from experiments.models import on_each
 from experiments.network import make_network
 from experiments.steps import make_steps
 
@@ -47,8 +46,7 @@ class Config:
 def main() -> int:
     """Runs the program and returns its exit status."""
     settings = tyro.cli(Config, description=Config.__doc__)
-    print("| network | statistics | " + " | ".join(f"from 1/{part}" for part in PARTS) + " | the next batch's |")
-    print("|---|---|" + "---|" * (len(PARTS) + 1))
+    print(table_head("network", "statistics", *(f"from 1/{part}" for part in PARTS), "the next batch's"))
     for model, per_feature in itertools.product(settings.models, (True, False)):
         config = TrainConfig(
             dataset=settings.dataset, model=model, norm="none", batch_size=settings.batch_size, per_feature=per_feature
@@ -61,7 +59,7 @@ def main() -> int:
         of_parts = [[found[part] for found in factors[:-1]] for part in PARTS]
         whole = [found[1] for found in factors]
         cells = (_off(other, whole[:-1]) for other in (*of_parts, whole[1:]))
-        print(f"| {model} | {'a channel' if per_feature else 'a layer'} | {' | '.join(cells)} |", flush=True)
+        print(table_row(model, "a channel" if per_feature else "a layer", *cells), flush=True)
     return 0
 
 
@@ -85,17 +83,13 @@ def _factors(config: TrainConfig, steps: int) -> Iterator[dict[int, np.ndarray]]
     def measure(images: Array) -> dict[int, list[Array]]:
         found: dict[int, list[Array]] = {part: [] for part in (1, *PARTS)}
 
-        def on_call(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            act = context.module
-            if isinstance(act, ANAct) and context.method_name == "__call__":
-                for part, factors in found.items():
-                    x = args[0][: len(args[0]) // part]
-                    stats = activation_stats(act.activation, x, feature_axes=act.feature_axes)
-                    numbers = normalization(stats, rule=act.rule, center=act.center, reference=act.reference)
-                    factors.append(jnp.ravel(numbers.factor))
-            return call(*args, **kwargs)
+        def visit(act: ANAct, x: Array) -> None:
+            for part, factors in found.items():
+                stats = activation_stats(act.activation, x[: len(x) // part], feature_axes=act.feature_axes)
+                numbers = normalization(stats, rule=act.rule, center=act.center, reference=act.reference)
+                factors.append(jnp.ravel(numbers.factor))
 
-        with nn.intercept_methods(on_call):
+        with on_each(ANAct, visit):
             model.apply(state.variables, images, train=True, mutable=["batch_stats"])
         return found
 

@@ -6,18 +6,16 @@ See `python experiments/benchmarks/scaling.py --help`.
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import tyro
 
-from anact_jax.linen import ANAct
-from anact_jax.statistics import Stats
+from anact_jax.statistics import FEW_SHARDS, Stats
 from experiments.benchmarks import operation, training_step
 from experiments.benchmarks.measuring import random_images
+from experiments.cli import table_head, table_row
 from experiments.network import make_network
 
 SHAPES = ((32, 256), (64, 256), (128, 256), (64, 512), (64, 1024))
@@ -38,15 +36,17 @@ def main() -> int:
     """Runs the program and returns its exit status."""
     tyro.cli(Config, description=Config.__doc__)
     cases = (operation.PLAIN, "NSwish", "NSwish, constants", "BatchNorm, swish")
-    print(
-        _row("the activation, forward and backward; flops and bytes an element", *cases) + "\n|---" + "|---" * 4 + "|"
-    )
+    print(table_head("the activation, forward and backward; flops and bytes an element", *cases))
     for shape in SHAPES:
         counts = (operation.compiled(operation.LAYERS[case], shape, jnp.float32)[0].cost_analysis() for case in cases)
-        print(_row(f"{shape[0]} examples, {shape[1]} channels", *(_cost(count, math.prod(shape)) for count in counts)))
+        print(
+            table_row(
+                f"{shape[0]} examples, {shape[1]} channels", *(_cost(count, math.prod(shape)) for count in counts)
+            )
+        )
 
     sides = tuple(training_step.SIDES)
-    print("\n" + _row("training step; flops and bytes, of plain", *sides) + "\n|---" + "|---" * len(sides) + "|")
+    print("\n" + table_head("training step; flops and bytes, of plain", *sides))
     for model, size in (*((model, 128) for model in DEPTHS), *(("resnet20", size) for size in BATCHES)):
         network = training_step.NETWORKS["mlp30" if model in DEPTHS else model]
         network = network._replace(config=dataclasses.replace(network.config, model=model))
@@ -55,16 +55,16 @@ def main() -> int:
         relative = (
             ", ".join(f"{cost[key] / plain[key]:.2f}" for key in ("flops", "bytes accessed")) for cost in costs.values()
         )
-        print(_row(f"{model}, {size} examples", *relative), flush=True)
+        print(table_row(f"{model}, {size} examples", *relative), flush=True)
 
     channels, parameters = _resnet50()
     print(
         f"\nResNet-50: {len(channels)} activations of {sum(channels)} channels; gradient {parameters * 4e-6:.0f} MB\n"
     )
     exchanged = ("statistics by `axis_name`", "`pmean` of `batch_stats`", "synchronized BatchNorm instead")
-    print(_row("devices; messages a step and MB", *exchanged) + "\n|---|---|---|---|")
+    print(table_head("devices; messages a step and MB", *exchanged))
     for devices in DEVICES:
-        print(_row(str(devices), *(f"{many}, {4e-6 * size:.3g}" for many, size in _messages(channels, devices))))
+        print(table_row(str(devices), *(f"{many}, {4e-6 * size:.3g}" for many, size in _messages(channels, devices))))
     return 0
 
 
@@ -73,7 +73,7 @@ def _messages(channels: list[int], devices: int) -> list[tuple[int, float]]:
     fields, layers, total = len(Stats._fields), len(channels), sum(channels)
     if devices == 1:
         return [(0, 0)] * 3
-    few = devices <= 16
+    few = devices <= FEW_SHARDS
     return [
         (layers if few else 2 * layers, total * (fields * devices if few else 8)),
         (1, fields * total),
@@ -86,25 +86,15 @@ def _resnet50() -> tuple[list[int], int]:
     network = training_step.NETWORKS["resnet50"]
     config = dataclasses.replace(network.config, activation="nswish", norm="none")
     model = make_network(config, random_images(network.image, 1, network.classes))
-    channels: list[int] = []
-
-    def on_call(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, ANAct) and context.method_name == "__call__":
-            channels.append(args[0].shape[-1])
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(on_call):
-        images = jnp.zeros((1, *network.image))
-        variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    images = jnp.zeros((1, *network.image))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    fields = jax.tree.leaves(variables["batch_stats"])  # of each layer as many as there are in `Stats`
+    channels = [field.size for field in fields[:: len(Stats._fields)]]
     return channels, sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
 def _cost(counted: Any, elements: int) -> str:
     return f"{counted['flops'] / elements:.1f}, {counted['bytes accessed'] / elements:.0f}"
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

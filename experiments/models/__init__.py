@@ -17,6 +17,7 @@ from experiments.models.layers import (
     activation_layer,
     check_name,
     make_layers,
+    on_each,
 )
 from experiments.models.mlp import MLP, ResidualMLP
 from experiments.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet, WideResNet
@@ -34,6 +35,7 @@ __all__ = [
     "check_name",
     "make_layers",
     "make_model",
+    "on_each",
 ]
 
 _cifar = functools.partial(ResNet, features=16, block=BasicBlock, project=False)

@@ -2,7 +2,9 @@
 
 import functools
 import math
+import types
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -56,6 +58,17 @@ class Plain(nn.Module):
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """fn(x)."""
         return self.fn(x)
+
+
+def on_each(kind: type | types.UnionType, visit: Callable[[Any, Array], None]) -> AbstractContextManager[None]:
+    """While this context lasts, `visit` is given each module of a kind that is called, and its input."""
+
+    def on_call(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, kind) and context.method_name == "__call__":
+            visit(context.module, args[0])
+        return call(*args, **kwargs)
+
+    return nn.intercept_methods(on_call)
 
 
 class Scaled(nn.Module):
