@@ -126,15 +126,18 @@ def rows_of(results: Results, variant: Variant) -> list[Row]:
 
 
 def _rivals(table: Table, side: Side, activation: str) -> dict[str, Runs]:
+    """By name, what a plain activation in the same network would be helped by instead."""
     found: dict[str, Runs] = {}
     for other, column in table.items():
-        if other.variant is None and (other.norm != "none" or other.shaped) and side.norm == "none":
+        if other.variant is not None:
+            continue
+        if other.shaped or other.norm not in ("none", side.norm):
             name = "DKS" if other.shaped else {"batch": "BatchNorm", "layer": "LayerNorm"}.get(other.norm, other.norm)
             found |= {name: column[activation]} if activation in column else {}
-        if other.variant is None and other.norm == side.norm and other.init == "he" and "relu" in column:
-            found["ReLU, He"] = column["relu"]
-    selu = table.get(side.plain, {}).get("selu")
-    return found | ({"SELU": selu} if selu is not None else {})
+        elif other.norm == "none":
+            name, known = ("ReLU, He", "relu") if other.init == "he" else ("SELU", "selu")
+            found |= {name: column[known]} if known in column else {}
+    return found
 
 
 def usable_range(runs: Runs) -> float:

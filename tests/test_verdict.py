@@ -55,6 +55,18 @@ def test_rows_pair_plain_with_the_form_and_find_rivals(tmp_path):
     assert "Within 1 point of the best rival in 0 of 1" in text
 
 
+def test_behind_a_normalization_layer_the_rivals_are_what_could_stand_in_its_place(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    for norm, activation in (("batch", "swish"), ("batch", "nswish"), ("layer", "swish"), ("none", "swish")):
+        add(results, activation, [0.5, 0.6], norm=norm)
+    add(results, "selu", [0.1, 0.1])
+    add(results, "relu", [0.7, 0.7], init="he")
+    (row,) = rows_of(results, FORM)
+    assert row.network == "mlp10, batch"
+    assert set(row.rivals) == {"LayerNorm", "SELU", "ReLU, He"}
+    assert row.best_rival == "ReLU, He"
+
+
 def test_forms_stand_in_rows_and_networks_in_columns(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     add(results, "swish", [0.5, 0.5])
