@@ -1,7 +1,7 @@
 """The normalized activation itself, and one step of it with its running statistics."""
 
+import functools
 import inspect
-import types
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Shaped
 from anact_jax.activations import Activation
 from anact_jax.factors import Reference, Rule, check_options, normalization
 from anact_jax.running import check_momentum, informative, update_stats
+from anact_jax.scaled import always_the_same, scaled
 from anact_jax.statistics import Stats, activation_stats, canonical_axes, wide_dtype
-from anact_jax.tempering import Leaky, check_nonlinearity
+from anact_jax.tempering import check_nonlinearity
 
 
 class Form(NamedTuple):
@@ -77,13 +78,9 @@ def normalize(
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"normalize needs a floating-point x, got dtype {x.dtype}; cast it first")
-    wide = wide_dtype(x.dtype)
-
-    def scaled(x: Array, factor: Array, shift: Array) -> Array:
-        y = f(x.astype(wide)).astype(wide)
-        return (jnp.broadcast_to(factor, y.shape) * (y - jnp.broadcast_to(shift, y.shape))).astype(x.dtype)
-
-    y: Array = jax.checkpoint(scaled)(x, jnp.asarray(factor, wide), jnp.asarray(shift, wide))
+    factor, shift = (jnp.asarray(value, wide_dtype(x.dtype)) for value in (factor, shift))
+    factor, shift = (value.reshape((1,) * (x.ndim - value.ndim) + value.shape) for value in (factor, shift))
+    y: Array = jax.checkpoint(functools.partial(scaled, f))(x, factor, shift)
     return y
 
 
@@ -156,7 +153,7 @@ def anact(
     (1.0, 1.0)
     """
     update = not use_running_average if update is None else update
-    step = _step_traced_once if isinstance(x, jax.core.Tracer) and _always_the_same(f) else _step
+    step = _step_traced_once if isinstance(x, jax.core.Tracer) and always_the_same(f) else _step
     return step(
         f,
         x,
@@ -174,15 +171,6 @@ def anact(
         axis_index_groups=None if axis_index_groups is None else tuple(map(tuple, axis_index_groups)),
         stop_gradient=stop_gradient,
     )
-
-
-def _always_the_same(f: Activation) -> bool:
-    """Whether f cannot depend on values that change: it is compiled by JAX, or a function without a closure."""
-    if isinstance(f, Leaky):
-        return isinstance(f.kappa, float) and _always_the_same(f.f)
-    if isinstance(f, jax.custom_jvp):
-        return _always_the_same(f.fun)
-    return isinstance(f, jax.stages.Wrapped) or (isinstance(f, types.FunctionType) and f.__closure__ is None)
 
 
 def _step(

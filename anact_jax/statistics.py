@@ -171,7 +171,9 @@ def _measured(f: Activation, axes: tuple[int, ...], x: Array, mask: Array | None
     squares = var_in + mean_in**2, var_out + mean_out**2, slope_sq
     sound = jnp.all(jnp.stack([count * square < _LARGEST for square in squares]), axis=0)
     moments = mean_in, jnp.maximum(0, var_in), mean_out, jnp.maximum(0, var_out), slope_sq
-    return Stats(count, *(jnp.where(sound, moment, jnp.nan) for moment in moments))
+    # NaN unless sound, by a division: XLA computes one once a feature, all else anew for each element that meets it.
+    sound = sound.astype(dtype)
+    return Stats(count, *(moment * sound / sound for moment in moments))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -189,7 +191,10 @@ def _moments_jvp(
     moments = _moments(f, axes, x, mask, measured)
     reduced = tuple(axis for axis in range(x.ndim) if axis not in axes)
     sound = jnp.isfinite(moments.mean_in)
-    counted = jnp.expand_dims(sound, reduced) if mask is None else jnp.expand_dims(sound, reduced) & mask
+    counted = jnp.expand_dims(sound, reduced)
+    if mask is not None:
+        x = jnp.where(mask, x, jnp.expand_dims(jnp.where(sound, moments.mean_in, 0), reduced).astype(x.dtype))
+        counted = counted & mask
 
     def evaluated(x: Array) -> tuple[Array, Array, Array]:
         x = x.astype(wide_dtype(x.dtype))
@@ -198,17 +203,14 @@ def _moments_jvp(
     (x, y, slope), (dx, dy, dslope) = jax.jvp(evaluated, (x,), (jnp.where(counted, tangents[0], 0),))
 
     def mean(values: Array) -> Array:
-        return jnp.sum(jnp.where(counted, values, 0), axis=reduced) / jnp.maximum(moments.count, 1)
-
-    def about(values: Array, mean: Array) -> Array:
-        return 2 * (values - jnp.expand_dims(jnp.where(sound, mean, 0), reduced))
+        return jnp.where(sound, jnp.sum(values, axis=reduced) / jnp.maximum(moments.count, 1), 0)
 
     return moments, Stats(
         jnp.zeros_like(moments.count),
         mean(dx),
-        mean(about(x, moments.mean_in) * dx),
+        mean(2 * (x - jnp.expand_dims(moments.mean_in, reduced)) * dx),
         mean(dy),
-        mean(about(y, moments.mean_out) * dy),
+        mean(2 * (y - jnp.expand_dims(moments.mean_out, reduced)) * dy),
         mean(2 * slope * dslope),
     )
 
