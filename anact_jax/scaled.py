@@ -18,7 +18,7 @@ from anact_jax.tempering import Leaky
 
 def scaled(f: Activation, x: Array, factor: Array, shift: Array) -> Array:
     """The same in x's dtype, evaluated in a wider one; factor and shift have x's number of axes."""
-    return _scaled(f, x, factor, shift) if always_the_same(f) else _scaled.fun(f, x, factor, shift)
+    return (_scaled if always_the_same(f) else _formula)(f, x, factor, shift)
 
 
 def always_the_same(f: Activation) -> bool:
@@ -30,11 +30,13 @@ def always_the_same(f: Activation) -> bool:
     return isinstance(f, jax.stages.Wrapped) or (isinstance(f, types.FunctionType) and f.__closure__ is None)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _scaled(f: Activation, x: Array, factor: Array, shift: Array) -> Array:
+def _formula(f: Activation, x: Array, factor: Array, shift: Array) -> Array:
     wide = wide_dtype(x.dtype)
     y = f(x.astype(wide)).astype(wide)
     return (jnp.broadcast_to(factor, y.shape) * (y - jnp.broadcast_to(shift, y.shape))).astype(x.dtype)
+
+
+_scaled = jax.custom_jvp(_formula, nondiff_argnums=(0,))
 
 
 @functools.partial(_scaled.defjvp, symbolic_zeros=True)
@@ -43,13 +45,25 @@ def _scaled_jvp(f: Activation, primals: tuple[Array, ...], tangents: tuple[Any, 
     dx, *dvalues = tangents
     parts = []
     if not isinstance(dx, SymbolicZero):
-        parts.append(jax.jvp(lambda x: _scaled.fun(f, x, *values), (x,), (dx,))[1])
+        parts.append(jax.jvp(lambda x: _formula(f, x, *values), (x,), (dx,))[1])
     if not all(isinstance(d, SymbolicZero) for d in dvalues):
         dvalues = [
             jnp.zeros_like(v) if isinstance(d, SymbolicZero) else d for v, d in zip(values, dvalues, strict=True)
         ]
         parts.append(_along_values(f, x, values, dvalues))
-    return _scaled(f, x, *values), functools.reduce(jnp.add, parts)
+    return _computed_once(x, _formula(f, x, *values)), functools.reduce(jnp.add, parts)
+
+
+def _computed_once(x: Array, y: Array) -> Array:
+    """y, but XLA's CPU backend does not compute it again in each transpose that a convolution's gradient makes of it.
+
+    That would take three times as long as to read y. It never repeats a division, so there is one, by a 1 that it
+    cannot see.
+    """
+    once: Array = jax.lax.platform_dependent(
+        x, y, cpu=lambda x, y: y / jnp.where(x == x, 1, 2).astype(y.dtype), default=lambda _, y: y
+    )
+    return once
 
 
 def _along_values(f: Activation, x: Array, values: Sequence[Array], dvalues: Sequence[Array]) -> Array:
@@ -60,7 +74,7 @@ def _along_values(f: Activation, x: Array, values: Sequence[Array], dvalues: Seq
     """
 
     def along(x: Array, *arrays: Array) -> Array:
-        change: Array = jax.jvp(functools.partial(_scaled.fun, f, x), arrays[:2], arrays[2:])[1]
+        change: Array = jax.jvp(functools.partial(_formula, f, x), arrays[:2], arrays[2:])[1]
         return change
 
     def merged(x: Array, *arrays: Array) -> Array:

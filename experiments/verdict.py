@@ -19,6 +19,7 @@ from experiments.comparison import Interval, Runs, Side, Table, Variant, arrange
 
 ALLOWED_LOSS = 0.003  # accuracy
 WITHIN = 0.01  # of the best: a learning rate that is usable, a form as good as a rival
+FEW_FORMS = 6
 _HEADER = (
     "| activation | plain | default | difference, 95% | corrected | usable rates | best rival | default - rival |",
     "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -96,19 +97,28 @@ def _results_in(folder: Path) -> Results:
 
 
 def forms_table(results: Results) -> str:
-    """Test accuracy of every form that was tried, a row each, in every network, a column each."""
-    columns: dict[str, dict[str, str]] = {}
+    """Test accuracies of the forms that were tried, in two tables.
+
+    Networks in which more than `FEW_FORMS` were tried stand in the first, a column each; the others in the second, a
+    row each.
+    """
+    networks: dict[str, dict[str, str]] = {}
     for place, table in arrange(results).items():
         for side, column in table.items():
             for activation, runs in column.items():
                 also = [part for part in (side.norm, place.optimizer) if part not in ("none", "sgd")]
                 network = ", ".join([place.model, activation, f"pool {place.pool}", *also])
                 form = "plain" if side.variant is None else str(side.variant)
-                columns.setdefault(network, {})[form] = f"{runs.accuracy()} at {runs.rate:g}"
-    forms = sorted({form for column in columns.values() for form in column}, key=lambda form: (len(form), form))
-    lines = [table_head("form", *columns)]
-    lines += [table_row(form, *(column.get(form, "") for column in columns.values())) for form in forms]
-    return "\n".join(lines)
+                networks.setdefault(network, {})[form] = f"{runs.accuracy()} at {runs.rate:g}"
+    many, few = ({n: f for n, f in networks.items() if (len(f) > FEW_FORMS) == wanted} for wanted in (True, False))
+    first = [table_row(form, *(found.get(form, "") for found in many.values())) for form in _forms(many)]
+    second = [table_row(network, *(found.get(form, "") for form in _forms(few))) for network, found in few.items()]
+    tables = (table_head("form", *many), *first), (table_head("network", *_forms(few)), *second)
+    return "\n\n".join("\n".join(lines) for lines in tables if lines[1:])
+
+
+def _forms(networks: dict[str, dict[str, str]]) -> list[str]:
+    return sorted({form for found in networks.values() for form in found}, key=lambda form: (len(form), form))
 
 
 def rows_of(results: Results, variant: Variant) -> list[Row]:

@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from anact_jax import RULES
 from experiments import verdict
 from experiments.cells import Cell, Results
 from experiments.comparison import Runs, Variant
@@ -67,16 +68,21 @@ def test_behind_a_normalization_layer_the_rivals_are_what_could_stand_in_its_pla
     assert row.best_rival == "ReLU, He"
 
 
-def test_forms_stand_in_rows_and_networks_in_columns(tmp_path):
+def test_forms_stand_in_rows_where_many_were_tried_and_in_columns_elsewhere(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     add(results, "swish", [0.5, 0.5])
-    add(results, "nswish", [0.6, 0.6], rule="forward")
+    for number, rule in enumerate(RULES):
+        add(results, "nswish", [0.6 + number / 100] * 2, rule=rule)
     add(results, "swish", [0.7, 0.7], norm="batch")
-    assert forms_table(results).splitlines() == [
-        "| form | mlp10, swish, pool 1 | mlp10, swish, pool 1, batch |",
+    add(results, "nswish", [0.8, 0.8], norm="batch")
+    lines = forms_table(results).splitlines()
+    assert lines[:3] == ["| form | mlp10, swish, pool 1 |", "| --- | --- |", "| plain | 50.0 ± 0.0 at 0.1 |"]
+    assert "| forward+center+unit+diff+feature+nu0.1 | 61.0 ± 0.0 at 0.1 |" in lines[3:9]
+    assert lines[9:] == [
+        "",
+        "| network | plain | mean+center+unit+diff+feature+nu0.1 |",
         "| --- | --- | --- |",
-        "| plain | 50.0 ± 0.0 at 0.1 | 70.0 ± 0.0 at 0.1 |",
-        "| forward+center+unit+diff+feature+nu0.1 | 60.0 ± 0.0 at 0.1 |  |",
+        "| mlp10, swish, pool 1, batch | 70.0 ± 0.0 at 0.1 | 80.0 ± 0.0 at 0.1 |",
     ]
 
 
