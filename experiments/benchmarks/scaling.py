@@ -68,7 +68,7 @@ def main() -> int:
     return 0
 
 
-def _messages(channels: list[int], devices: int) -> list[tuple[int, float]]:
+def _messages(channels: list[int], devices: int) -> list[tuple[int, int]]:
     """Collectives a step and numbers in them, forward; gradients of differentiated statistics send as many back."""
     fields, layers, total = len(Stats._fields), len(channels), sum(channels)
     if devices == 1:

@@ -1,0 +1,77 @@
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmarks import cost, operation, part_of_batch, scaling, training_step
+from experiments.benchmarks.measuring import Spread, ratios, seconds
+from experiments.cli import BAD_SETTINGS
+
+
+def test_cases_are_timed_in_turn_and_compared_round_by_round():
+    calls = []
+    taken = seconds({name: lambda name=name: calls.append(name) for name in "ab"}, 2)
+    assert calls == ["a", "b"] * 3
+    assert [len(times) for times in taken.values()] == [2, 2]
+    assert ratios({"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 2.0]}, "a")["b"] == Spread(0.75, 1.0, 1.5)
+
+
+def test_for_the_gradient_the_normalized_activation_keeps_its_input_alone():
+    shape, channels = (4, 8, 8, 16), 16
+    x = 4 * 8 * 8 * 16 * 4
+    kept = {name: operation.residual_bytes(layer, shape, jnp.float32) for name, layer in operation.LAYERS.items()}
+    for name in operation.LAYERS:
+        if name.startswith("NSwish"):
+            assert x <= kept[name] <= x + 40 * 4 * channels
+    assert kept["swish"] >= 2 * x
+    assert kept["BatchNorm, swish"] > kept["swish"]
+
+
+def test_cost_of_the_operation_is_printed_written_and_drawn(run_main, tmp_path, standard_promotion):
+    arguments = ("--shapes", "8x16", "--dtypes", "bfloat16", "--networks", "--repeats", "1", "--workdir", tmp_path)
+    status, output = run_main(cost, *arguments)
+    assert status == 0
+    assert "**8x16 bfloat16**" in output.out
+    rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == list(operation.LAYERS)
+    assert rows[0]["ratio"] == [1, 1, 1]
+    assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--shapes", "8xx"], "8xx"),
+        (["--dtypes", "int8"], "int8"),
+        (["--networks", "resnet1"], "resnet1"),
+        (["--repeats", "0"], "repeats"),
+    ],
+)
+def test_bad_settings_of_the_cost_are_named(arguments, named, run_main):
+    status, output = run_main(cost, *arguments)
+    assert status == BAD_SETTINGS
+    assert named in output.err
+
+
+def test_a_training_step_goes_on_from_the_last_one_and_its_compilation_is_measured(standard_promotion):
+    network = training_step.NETWORKS["mlp30"]
+    network = network._replace(config=dataclasses.replace(network.config, model="mlp5"), image=(8, 8, 1))
+    program = training_step.compiled(network, "NSwish", 8)
+    losses = [float(program.call()["loss"]) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert min(program.trace, program.compile, program.temporary_bytes, program.cost["flops"]) > 0
+
+
+def test_messages_between_devices():
+    assert scaling._messages([16, 32], 1) == [(0, 0)] * 3
+    assert scaling._messages([16, 32], 8) == [(2, 48 * 6 * 8), (1, 48 * 6), (2, 48 * 2)]
+    assert scaling._messages([16, 32], 256) == [(4, 48 * 8), (1, 48 * 6), (2, 48 * 2)]
+
+
+def test_a_smaller_part_of_the_batch_gives_a_worse_factor(run_main, standard_promotion):
+    status, output = run_main(part_of_batch, "--models", "mlp5", "--steps", "3", "--batches", "2")
+    assert status == 0, output.err
+    for line in output.out.splitlines()[2:]:
+        medians = [float(cell.split("%")[0]) for cell in line.split("|")[3:8]]
+        assert 0 < medians[0] < medians[1] < medians[2] < medians[3]
