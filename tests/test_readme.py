@@ -1,5 +1,6 @@
 """What the README prints is what runs, and what the results print is what was measured."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from experiments.benchmarks import cost
 from experiments.cells import Results
 from experiments.comparison import Variant, arrange, markdown_table
 from experiments.verdict import Config, forms_table, report, rows_of
@@ -45,6 +47,11 @@ def test_tables_of_results_are_those_of_the_finished_cells(study):
     assert tables
     for place, table in tables.items():
         assert markdown_table(table) in text, place
+
+
+def test_tables_of_the_cost_are_those_that_were_measured():
+    measured = json.loads((ROOT / "docs" / "results" / "cost" / "cost.json").read_text())
+    assert cost.overview(measured["rows"]) in (ROOT / "docs" / "cost.md").read_text()
 
 
 def test_tables_of_the_default_are_those_of_the_finished_cells():

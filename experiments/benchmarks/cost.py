@@ -32,7 +32,8 @@ DTYPES = ("float32", "bfloat16")
 class Config:
     """Times each case beside the plain activation, in turn, and gives the ratio: median and quartiles of the rounds.
 
-    Prints tables in Markdown; writes all figures to `cost.json` and draws `cost.png`.
+    Prints tables in Markdown; writes all figures to `cost.json` and draws `cost.png`. The last tables are relative to
+    plain, whose own line has the figures.
     """
 
     shapes: tuple[str, ...] = tuple("x".join(map(str, shape)) for shape in SHAPES)
@@ -76,6 +77,7 @@ def main() -> int:
     results = {"machine": _machine(), "repeats": config.repeats, "rows": rows}
     (config.workdir / "cost.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(rows, config.workdir / "cost.png")
+    print(f"\n{overview(rows)}")
     return 0
 
 
@@ -115,6 +117,29 @@ def measure_training_step(network: str, repeats: int) -> list[dict[str, Any]]:
         }
         for side, ratio in ratios(taken, training_step.PLAIN).items()
     ]
+
+
+def overview(rows: Sequence[dict[str, Any]]) -> str:
+    """Tables of what `cost.json` holds, each a measure, of all cases in all places, where plain is 1."""
+    kinds = dict.fromkeys(tuple(name for name in row if name not in ("what", "case", "ms")) for row in rows)
+    tables = []
+    for kind in kinds:
+        of_kind = [row for row in rows if set(kind) <= set(row)]
+        places, cases = (list(dict.fromkeys(row[key] for row in of_kind)) for key in ("what", "case"))
+        found = {(row["what"], row["case"]): row for row in of_kind}
+        for measure in kind:
+            lines = [table_head("time" if measure == "ratio" else measure, *places)]
+            for case in cases:
+                lines.append(table_row(case, *(_relative(found, place, case, measure) for place in places)))
+            tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _relative(found: dict[tuple[str, str], dict[str, Any]], place: str, case: str, measure: str) -> str:
+    row, plain = found[place, case], found[place, operation.PLAIN]
+    if measure == "ratio":
+        return f"{1e-3 * row['ms']:.2g} s" if row is plain else str(Spread(*row["ratio"]))
+    return f"{plain[measure]:.3g}" if row is plain else f"{row[measure] / plain[measure]:.2f}"
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
