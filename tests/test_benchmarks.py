@@ -56,6 +56,7 @@ def test_bad_settings_of_the_cost_are_named(arguments, named, run_main):
     assert named in output.err
 
 
+@pytest.mark.slow
 def test_a_training_step_goes_on_from_the_last_one_and_its_compilation_is_measured(standard_promotion):
     network = training_step.NETWORKS["mlp30"]
     network = network._replace(config=dataclasses.replace(network.config, model="mlp5"), image=(8, 8, 1))
@@ -71,6 +72,7 @@ def test_messages_between_devices():
     assert scaling._messages([16, 32], 256) == [(4, 48 * 8), (1, 48 * 6), (2, 48 * 2)]
 
 
+@pytest.mark.slow
 def test_a_smaller_part_of_the_batch_gives_a_worse_factor(run_main, standard_promotion):
     status, output = run_main(part_of_batch, "--models", "mlp5", "--steps", "3", "--batches", "2")
     assert status == 0, output.err
