@@ -43,15 +43,17 @@ _scaled = jax.custom_jvp(_formula, nondiff_argnums=(0,))
 def _scaled_jvp(f: Activation, primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     x, *values = primals
     dx, *dvalues = tangents
-    parts = []
-    if not isinstance(dx, SymbolicZero):
-        parts.append(jax.jvp(lambda x: _formula(f, x, *values), (x,), (dx,))[1])
+    if isinstance(dx, SymbolicZero):
+        y, parts = _formula(f, x, *values), []
+    else:
+        y, along_x = jax.jvp(lambda x: _formula(f, x, *values), (x,), (dx,))
+        parts = [along_x]
     if not all(isinstance(d, SymbolicZero) for d in dvalues):
         dvalues = [
             jnp.zeros_like(v) if isinstance(d, SymbolicZero) else d for v, d in zip(values, dvalues, strict=True)
         ]
         parts.append(_along_values(f, x, values, dvalues))
-    return _computed_once(x, _formula(f, x, *values)), functools.reduce(jnp.add, parts)
+    return _computed_once(x, y), functools.reduce(jnp.add, parts)
 
 
 def _computed_once(x: Array, y: Array) -> Array:

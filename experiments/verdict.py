@@ -19,7 +19,7 @@ from experiments.comparison import Interval, Runs, Side, Table, Variant, arrange
 
 ALLOWED_LOSS = 0.003  # accuracy
 WITHIN = 0.01  # of the best: a learning rate that is usable, a form as good as a rival
-FEW_FORMS = 6
+FEW_FORMS = 6  # tried in a network, up to which it is a row of the second table
 _HEADER = (
     "| activation | plain | default | difference, 95% | corrected | usable rates | best rival | default - rival |",
     "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -142,11 +142,14 @@ def _rivals(table: Table, side: Side, activation: str) -> dict[str, Runs]:
         if other.variant is not None:
             continue
         if other.shaped or other.norm not in ("none", side.norm):
+            known = activation
             name = "DKS" if other.shaped else {"batch": "BatchNorm", "layer": "LayerNorm"}.get(other.norm, other.norm)
-            found |= {name: column[activation]} if activation in column else {}
         elif other.norm == "none":
             name, known = ("ReLU, He", "relu") if other.init == "he" else ("SELU", "selu")
-            found |= {name: column[known]} if known in column else {}
+        else:
+            continue
+        if known in column:
+            found[name] = column[known]
     return found
 
 
