@@ -56,3 +56,17 @@ def run_main(monkeypatch, capsys):
         return program.main(), capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def refused(run_main):
+    """Runs a program that must end with status 2 and one line that holds a message; returns what it printed."""
+
+    def run(program, *arguments, message):
+        status, output = run_main(program, *arguments)
+        assert status == 2
+        assert message in output.err
+        assert output.err.count("\n") == 1
+        return output
+
+    return run

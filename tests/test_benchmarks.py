@@ -6,7 +6,6 @@ import pytest
 
 from experiments.benchmarks import cost, operation, part_of_batch, scaling, training_step
 from experiments.benchmarks.measuring import Spread, ratios, seconds
-from experiments.cli import BAD_SETTINGS
 
 
 def test_cases_are_timed_in_turn_and_compared_round_by_round():
@@ -50,10 +49,8 @@ def test_cost_of_the_operation_is_printed_written_and_drawn(run_main, tmp_path, 
         (["--repeats", "0"], "repeats"),
     ],
 )
-def test_bad_settings_of_the_cost_are_named(arguments, named, run_main):
-    status, output = run_main(cost, *arguments)
-    assert status == BAD_SETTINGS
-    assert named in output.err
+def test_bad_settings_of_the_cost_are_named(arguments, named, refused):
+    refused(cost, *arguments, message=named)
 
 
 @pytest.mark.slow

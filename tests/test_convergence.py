@@ -24,11 +24,8 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--seeds", "0"], "seeds must be at least 1"),
     ],
 )
-def test_bad_settings_end_in_one_line(arguments, message, run_main):
-    status, output = run_main(convergence, *arguments)
-    assert status == 2
-    assert message in output.err
-    assert output.err.count("\n") == 1
+def test_bad_settings_end_in_one_line(arguments, message, refused):
+    refused(convergence, *arguments, message=message)
 
 
 @pytest.mark.slow

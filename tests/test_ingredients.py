@@ -55,8 +55,5 @@ def test_similarity_is_the_mean_cosine_of_pairs_and_channels_remove_it():
         (["--seeds", "0"], "seeds must be a positive number"),
     ],
 )
-def test_bad_settings_end_in_one_line(arguments, message, run_main):
-    status, output = run_main(ingredients, *arguments)
-    assert status == 2
-    assert message in output.err
-    assert output.err.count("\n") == 1
+def test_bad_settings_end_in_one_line(arguments, message, refused):
+    refused(ingredients, *arguments, message=message)

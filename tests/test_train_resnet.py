@@ -77,11 +77,8 @@ def run(model, config, log):
         (["--workdir", "/dev/null/here"], "Not a directory"),
     ],
 )
-def test_bad_settings_end_in_one_line_before_training(arguments, message, run_main):
-    status, output = run_main(train_resnet, *arguments)
-    assert status == 2
-    assert message in output.err
-    assert output.err.count("\n") == 1
+def test_bad_settings_end_in_one_line_before_training(arguments, message, refused):
+    output = refused(train_resnet, *arguments, message=message)
     assert output.out == ""
 
 
