@@ -16,6 +16,7 @@ def test_cases_are_timed_in_turn_and_compared_round_by_round():
     assert ratios({"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 2.0]}, "a")["b"] == Spread(0.75, 1.0, 1.5)
 
 
+@pytest.mark.slow
 def test_for_the_gradient_the_normalized_activation_keeps_its_input_alone():
     shape, channels = (4, 8, 8, 16), 16
     x = 4 * 8 * 8 * 16 * 4
@@ -27,6 +28,7 @@ def test_for_the_gradient_the_normalized_activation_keeps_its_input_alone():
     assert kept["BatchNorm, swish"] > kept["swish"]
 
 
+@pytest.mark.slow
 def test_cost_of_the_operation_is_printed_written_and_drawn(run_main, tmp_path, standard_promotion):
     arguments = ("--shapes", "8x16", "--dtypes", "bfloat16", "--networks", "--repeats", "1", "--workdir", tmp_path)
     status, output = run_main(cost, *arguments)
