@@ -66,6 +66,8 @@ class Results:
             "half": None,
             "optimizer": "sgd",
             "tracking": "batch",
+            "tempering": "leak",
+            "bounds": "none",
         }
     )
 

@@ -26,8 +26,8 @@ from experiments.network import check_devices, make_network
 
 FINALISTS = 2  # learning rates that are tried with all seeds of the choice
 _VARIANT = (
-    f"a rule ({', '.join(RULES)}), with +center, +unit, +diff, +learn, +feature, +lag, +fixed or +nu0.1 (limit of "
-    "the nonlinearity) as wanted"
+    f"a rule ({', '.join(RULES)}), with +center, +unit, +diff, +learn, +feature, +nu0.1 (limit of the nonlinearity), "
+    "+lag or +fixed (tracking), +scale or +measured (tempering), +step or +range (bounds) as wanted"
 )
 
 

@@ -21,8 +21,9 @@ from anact_jax import RULES
 from anact_jax.tempering import check_nonlinearity
 from experiments.cells import Outcome, Results
 from experiments.cli import table_head, table_row
-from experiments.models import TRACKINGS, ActivationName, check_name
+from experiments.models import BOUNDS, TEMPERINGS, TRACKINGS, ActivationName, check_name
 
+_WAYS_OF = {"tracking": TRACKINGS, "tempering": TEMPERINGS, "bounds": BOUNDS}  # the library's own comes first
 _PANELS_IN_A_ROW = 3
 _HOW_TO_READ = (
     "Test accuracy in percent: mean over seeds and 95% interval (Student's t). In parentheses: the difference from the "
@@ -37,7 +38,7 @@ class Variant(NamedTuple):
 
     `"mean+center+unit+feature+nu0.1"` is `rule="mean", center=True, reference="unit", feature_axes=-1,
     nonlinearity=0.1`; `+diff` is `stop_gradient=False`, `+learn` is `learnable=True`; `+lag` and `+fixed` are its
-    `tracking`.
+    `tracking`, `+scale` and `+measured` its `tempering`, `+step` and `+range` its `bounds`.
     """
 
     rule: str
@@ -47,7 +48,9 @@ class Variant(NamedTuple):
     learnable: bool
     per_feature: bool
     nonlinearity: float | None
-    tracking: str
+    tracking: str = "batch"
+    tempering: str = "leak"
+    bounds: str = "none"
 
     @classmethod
     def parse(cls, text: str) -> "Variant":
@@ -60,7 +63,15 @@ class Variant(NamedTuple):
                 check_name(
                     "extra of a rule",
                     extra,
-                    ("center", "unit", "diff", "learn", "feature", *TRACKINGS[1:], "nu and one number"),
+                    (
+                        "center",
+                        "unit",
+                        "diff",
+                        "learn",
+                        "feature",
+                        *(way for known in _WAYS_OF.values() for way in known[1:]),
+                        "nu and one number",
+                    ),
                 )
         try:
             nonlinearity = float(limits[0].removeprefix("nu")) if limits else None
@@ -70,8 +81,8 @@ class Variant(NamedTuple):
             check_nonlinearity(nonlinearity)
         reference = "unit" if "unit" in extras else "input"
         constant, learned = "diff" not in extras, "learn" in extras
-        tracking = next((extra for extra in extras if extra in TRACKINGS), "batch")
-        return cls(rule, "center" in extras, reference, constant, learned, "feature" in extras, nonlinearity, tracking)
+        ways = (next((extra for extra in extras if extra in known), known[0]) for known in _WAYS_OF.values())
+        return cls(rule, "center" in extras, reference, constant, learned, "feature" in extras, nonlinearity, *ways)
 
     def __str__(self) -> str:
         extras = {
@@ -80,7 +91,7 @@ class Variant(NamedTuple):
             "diff": not self.stop_gradient,
             "learn": self.learnable,
             "feature": self.per_feature,
-            self.tracking: self.tracking != "batch",
+            **{getattr(self, name): getattr(self, name) != known[0] for name, known in _WAYS_OF.items()},
             f"nu{self.nonlinearity:g}" if self.nonlinearity else "": self.nonlinearity is not None,
         }
         return "+".join([self.rule, *(name for name, present in extras.items() if present)])

@@ -11,7 +11,7 @@ from tyro.conf import arg
 from anact_jax import ACTIVATIONS, REFERENCES, RULES
 from anact_jax.linen import ANAct
 from experiments.data import DATASETS, Augmentation, Dataset, load, with_subset
-from experiments.models import INITS, MODELS, NORMS, STEMS, TRACKINGS, check_name
+from experiments.models import BOUNDS, INITS, MODELS, NORMS, STEMS, TEMPERINGS, TRACKINGS, check_name
 
 OPTIMIZERS = ("sgd", "adam")
 SETTINGS = "config.json"  # file in a run's folder
@@ -149,6 +149,14 @@ class TrainConfig(Recipe):
         str,
         arg(help=f"statistics that training normalizes with, {_one_of(*TRACKINGS)}: lag, those of the steps before"),
     ] = "batch"
+    tempering: Annotated[
+        str,
+        arg(help=f"what limits the bend, {_one_of(*TEMPERINGS)}: scale, of the input; measured, the same from batches"),
+    ] = "leak"
+    bounds: Annotated[
+        str,
+        arg(help=f"of the factor, {_one_of(*BOUNDS)}: step, from the running one; range, around that of normal input"),
+    ] = "none"
     learnable: bool = ANAct.learnable
     """learn a bounded correction of each factor"""
     activation_momentum: float = ANAct.momentum
@@ -183,6 +191,8 @@ class TrainConfig(Recipe):
         check_name("rule", self.rule, RULES)
         check_name("reference", self.reference, REFERENCES)
         check_name("tracking", self.tracking, TRACKINGS)
+        check_name("tempering", self.tempering, TEMPERINGS)
+        check_name("bounds", self.bounds, BOUNDS)
         check_positive("learning_rate", self.learning_rate)
         check_positive("activation_scale", self.activation_scale)
         if self.nonlinearity is not None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from experiments.config import TrainConfig
 from experiments.data import Dataset
-from experiments.models import ActivationName, Plain, make_layers, make_model, on_each
+from experiments.models import ActivationName, Depth, Join, Plain, make_layers, make_model, on_each
 
 
 def make_network(config: TrainConfig, dataset: Dataset, *, convs_by_matmul: bool = False) -> nn.Module:
@@ -34,23 +34,26 @@ def make_network(config: TrainConfig, dataset: Dataset, *, convs_by_matmul: bool
         momentum=config.activation_momentum,
         activation_scale=config.activation_scale,
         tracking=config.tracking,
+        tempering=config.tempering,
+        bounds=config.bounds,
         convs_by_matmul=convs_by_matmul,
     )
 
-    def network(activation: str, depth: int = 1) -> nn.Module:
+    def network(activation: str, depth: Depth) -> nn.Module:
         layers = make_layers_of(activation, depth=depth)
         return make_model(config.model, layers, dataset.classes, config.stem)
 
-    def try_out(model: nn.Module) -> int:
-        """Number of plain activations."""
-        calls = []
-
-        with on_each(Plain, lambda module, _: calls.append(module)):
+    def try_out(model: nn.Module) -> Depth:
+        """Of plain activations."""
+        found: list[nn.Module] = []
+        with on_each(Plain | Join, lambda module, _: found.append(module)):
             jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
-        return len(calls)
+        branches = tuple(module.activations for module in found if isinstance(module, Join))
+        return Depth(sum(isinstance(module, Plain) for module in found) - sum(branches), branches)
 
     form, base = ActivationName.parse(config.activation)
-    model = network(config.activation, try_out(network(base))) if form == "d" else network(config.activation)
+    depth = try_out(network(base, Depth())) if form == "d" else Depth()
+    model = network(config.activation, depth)
     try_out(model)
     return model
 

@@ -18,14 +18,12 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 from tyro.conf import Positional, arg
 
-from experiments.checkpoints import CheckpointError, Checkpoints
-from experiments.cli import BAD_SETTINGS, FAILED, fail, say
-from experiments.config import TrainConfig, read_config
+from experiments.checkpoints import CheckpointError
+from experiments.cli import BAD_SETTINGS, FAILED, fail
 from experiments.data import DataError, Dataset
 from experiments.data.pipeline import standardize
 from experiments.models import check_name
-from experiments.network import make_network
-from experiments.steps import make_steps
+from experiments.runs import load_run
 
 SPLITS = ("train", "test")
 
@@ -62,14 +60,14 @@ def main() -> int:
     config = tyro.cli(PredictConfig)
     try:
         config.check()
-        trained = read_config(config.workdir)
-        dataset = trained.load_data()
-        files = [read_image(path, dataset) for path in config.images]
-        classify = load_classifier(config, trained, dataset)
+        run = load_run(config.workdir, best=config.best)
+        files = [read_image(path, run.dataset) for path in config.images]
     except (DataError, ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
     except CheckpointError as error:
         return fail(str(error), FAILED)
+    dataset = run.dataset
+    classify = make_classifier(run.model, run.trained.variables, dataset, config.batch_size)
     if files:
         for path, row in zip(config.images, classify(np.stack(files)), strict=True):
             print(f"{path}: class {row.argmax()}, probability {row.max():.4f}")
@@ -80,22 +78,6 @@ def main() -> int:
     draw_confusion(counts, config.workdir / "confusion.png")
     print(f"accuracy={np.trace(counts) / counts.sum():.4f} examples={counts.sum()} split={config.split}")
     return 0
-
-
-def load_classifier(config: PredictConfig, trained: TrainConfig, dataset: Dataset) -> Classify:
-    """The network of a run: takes images as they are in the data set, gives a row of probabilities for each.
-
-    Raises:
-        ValueError: the run has no checkpoint yet, or one of other settings.
-        CheckpointError: no checkpoint can be read.
-    """
-    model = make_network(trained, dataset)
-    state = make_steps(model, trained, dataset).create(trained.seed, trained.learning_rate)
-    with Checkpoints(config.workdir, trained, read_only=True) as checkpoints:
-        position = checkpoints.restore(state, say, best=config.best)
-    if position is None:
-        raise ValueError(f"{config.workdir} has no checkpoint yet; train first: python experiments/train_resnet.py")
-    return make_classifier(model, position.state.variables, dataset, config.batch_size)
 
 
 def make_classifier(model: nn.Module, variables: dict[str, Any], dataset: Dataset, batch_size: int) -> Classify:

@@ -50,7 +50,6 @@ class Config:
             False,
             DEFAULT.feature_axes == -1,
             DEFAULT.nonlinearity,
-            "batch",
         )
     )
     """the form, as compare.py writes it"""

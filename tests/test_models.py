@@ -11,7 +11,7 @@ from anact_jax.linen import ANAct
 from experiments.config import TrainConfig
 from experiments.data import load
 from experiments.gains import factor_range, layer_gains
-from experiments.models import MODELS, NORMS, Plain, activation_layer, make_layers, make_model
+from experiments.models import MODELS, NORMS, Depth, Plain, activation_layer, make_layers, make_model
 from experiments.models.layers import conv_by_matmul
 from experiments.models.mlp import MLP
 from experiments.models.shaping import deep_kernel_shaped
@@ -222,38 +222,40 @@ def test_convolutions_as_matrix_products_are_the_same(size, kernel, strides):
     np.testing.assert_allclose(found, conv.apply(variables, x), rtol=1e-5, atol=1e-5)
 
 
-def test_statistics_can_lag_or_stay_fixed():
-    x = 3 + jax.random.normal(jax.random.key(0), (8, 16))
-
-    def after_two_steps(tracking):
-        layer = activation_layer("nrelu", tracking=tracking, feature_axes=())(False)
-        variables = layer.init(jax.random.key(1), x)
-        outputs = []
-        for _ in range(2):
-            y, variables = layer.apply(variables, x, mutable=["batch_stats"])
-            outputs.append(float(jnp.mean(y)))
-        return outputs, float(variables["batch_stats"]["count"])
-
-    batch, lag, fixed = map(after_two_steps, ("batch", "lag", "fixed"))
-    np.testing.assert_allclose(batch[0], 0, atol=1e-5)
-    assert lag[0][0] > 1
-    np.testing.assert_allclose(lag[0][1], 0, atol=1e-5)
-    assert fixed[0][0] == fixed[0][1] == lag[0][0]
-    assert (batch[1], lag[1], fixed[1]) == (2, 2, 0)
-
-
 @pytest.mark.parametrize("name", ["swish", "tanh", "gelu"])
 def test_deep_kernel_shaping_meets_its_conditions(name):
     """For N(0, 1) input: mean 0, mean square 1, and a slope that 12 layers raise to 1.5."""
-    stats = gaussian_stats(deep_kernel_shaped(name, 12))
+    stats = gaussian_stats(deep_kernel_shaped(name, Depth(12)))
     np.testing.assert_allclose((stats.mean_out, stats.var_out), (0, 1), atol=5e-3)
     np.testing.assert_allclose(stats.slope_sq**12, 1.5, rtol=2e-2)
 
 
-def test_deep_kernel_shaping_counts_the_activations():
-    config = TrainConfig(model="mlp5", activation="dtanh", norm="none")
+@pytest.mark.parametrize(
+    ("model", "depth"),
+    [
+        ("mlp5", Depth(5)),
+        ("cnn12", Depth(12)),
+        ("resmlp16", Depth(0, (1,) * 16)),
+        ("preresmlp16", Depth(0, (1,) * 16)),
+        ("resnet20", Depth(10, (1,) * 9)),
+        ("resnet50", Depth(17, (2,) * 16)),
+        ("wrn16_4", Depth(4, (1, 2) * 3)),
+    ],
+)
+def test_deep_kernel_shaping_knows_the_depth(model, depth):
+    config = TrainConfig(model=model, activation="dtanh", norm="none")
     [shaped] = {module.fn for module in plain_activations(make_network(config, load("digits")))}
-    assert shaped is deep_kernel_shaped("tanh", 5)
+    assert shaped is deep_kernel_shaped("tanh", depth)
+
+
+def test_deep_kernel_shaping_counts_shortcuts_by_their_weight():
+    depth = Depth(3, (2, 1))
+    assert depth.slope(1.1) == pytest.approx(1.1**3 * (0.64 + 0.36 * 1.1**2) * (0.64 + 0.36 * 1.1))
+    assert Depth(0, (2,)).slope(1.1) == pytest.approx(1.1**2)  # the branch alone
+    x, branch = jax.random.normal(jax.random.key(0), (2, 4096))
+    layers = make_layers("dswish", "none")
+    np.testing.assert_allclose(layers.join(1)(x, branch), 0.8 * x + 0.6 * branch, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(make_layers("swish", "none").join(1)(x, branch), x + branch)
 
 
 def plain_activations(model):

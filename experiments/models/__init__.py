@@ -10,8 +10,8 @@ from experiments.models.cnn import VGG, PlainCNN
 from experiments.models.layers import (
     INITS,
     NORMS,
-    TRACKINGS,
     ActivationName,
+    Join,
     Layers,
     Plain,
     activation_layer,
@@ -21,14 +21,20 @@ from experiments.models.layers import (
 )
 from experiments.models.mlp import MLP, ResidualMLP
 from experiments.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet, WideResNet
+from experiments.models.shaping import Depth
+from experiments.models.studied import BOUNDS, TEMPERINGS, TRACKINGS
 
 __all__ = [
+    "BOUNDS",
     "INITS",
     "MODELS",
     "NORMS",
     "STEMS",
+    "TEMPERINGS",
     "TRACKINGS",
     "ActivationName",
+    "Depth",
+    "Join",
     "Layers",
     "Plain",
     "activation_layer",

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from anact_jax import ACTIVATIONS, Activation
-from anact_jax.linen import ANAct
-from experiments.models.shaping import deep_kernel_shaped
+from anact_jax import ACTIVATIONS, DEFAULT, Activation
+from experiments.models.shaping import SHORTCUT_WEIGHT, Depth, deep_kernel_shaped
+from experiments.models.studied import BOUNDS, TEMPERINGS, TRACKINGS, normalized
 
-TRACKINGS = ("batch", "lag", "fixed")
+_SHALLOW = Depth()
 INITS = {"lecun": 1.0, "he": 2.0}  # variance of a weight times fan-in
 NORMS = ("batch", "group", "layer", "none")
 
@@ -38,12 +38,14 @@ class Layers(NamedTuple):
         dense: takes features; makes a hidden dense layer.
         norm: takes `use_running_average`; makes a normalization layer.
         act: takes `use_running_average`; makes an activation.
+        join: takes the number of activations in a branch; adds the branch to its shortcut.
     """
 
     conv: Callable[..., Layer]
     dense: Callable[..., Layer]
     norm: Callable[[bool], Layer]
     act: Callable[[bool], Layer]
+    join: Callable[[int], "Join"]
 
     def in_mode(self, train: bool) -> tuple[Callable[..., Layer], Callable[[], Layer], Callable[[], Layer]]:
         """The makers of convolution, normalization layer and activation for training or for inference."""
@@ -58,6 +60,24 @@ class Plain(nn.Module):
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """fn(x)."""
         return self.fn(x)
+
+
+class Join(nn.Module):
+    """The sum of a residual block.
+
+    Attributes:
+        activations: in the branch.
+        shortcut_weight: w where the sum is `w x + sqrt(1 - w^2) branch`, None where it is `x + branch`.
+    """
+
+    activations: int
+    shortcut_weight: float | None
+
+    def __call__(self, x: Float[Array, "*shape"], branch: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The block's output, from its shortcut x and its branch."""
+        if self.shortcut_weight is None:
+            return x + branch
+        return self.shortcut_weight * x + math.sqrt(1 - self.shortcut_weight**2) * branch
 
 
 def on_each(kind: type | types.UnionType, visit: Callable[[Any, Array], None]) -> AbstractContextManager[None]:
@@ -107,28 +127,43 @@ class ActivationName(NamedTuple):
         )
 
 
-def activation_layer(name: str, *, depth: int = 1, tracking: str = "batch", **options: Any) -> Callable[[bool], Layer]:
+def activation_layer(
+    name: str,
+    *,
+    depth: Depth = _SHALLOW,
+    tracking: str = "batch",
+    tempering: str = "leak",
+    bounds: str = "none",
+    nonlinearity: float | None = DEFAULT.nonlinearity,
+    **options: Any,
+) -> Callable[[bool], Layer]:
     """Maker of an activation: `"swish"` is plain, `"nswish"` is `ANAct(swish, **options)`, `"dswish"` shaped.
 
     Args:
         name: see `ActivationName`.
-        depth: activations in the network, which Deep Kernel Shaping needs to know.
-        tracking: the statistics that an activation is normalized with in training: those of the
-            `"batch"`; with `"lag"` the running ones of the steps before; with `"fixed"` those of a
-            standard normal input for ever.
+        depth: of the network, which Deep Kernel Shaping needs to know.
+        tracking: see `normalized`, as for the next three.
+        tempering: what brings the activation within `nonlinearity`.
+        bounds: of the factor.
+        nonlinearity: the limit, or None.
         **options: of `ANAct`.
 
     Raises:
-        ValueError: no activation has this name, or no such tracking.
+        ValueError: no activation has this name, or no such way to normalize it.
     """
     form, base = ActivationName.parse(name)
     check_name("tracking", tracking, TRACKINGS)
+    check_name("tempering", tempering, TEMPERINGS)
+    check_name("bounds", bounds, BOUNDS)
     fn = ACTIVATIONS[base]
     if form == "n":
-        return lambda inference: ANAct(
+        return functools.partial(
+            normalized,
             fn,
-            use_running_average=inference or tracking != "batch",
-            update=not inference and tracking != "fixed",
+            tracking=tracking,
+            tempering=tempering,
+            bounds=bounds,
+            nonlinearity=nonlinearity,
             **options,
         )
     if form == "d":
@@ -167,7 +202,8 @@ def make_layers(
 ) -> Layers:
     """The parts of a network by name; weights are truncated normal of variance `INITS[init]` / fan-in.
 
-    A convolution has a bias only where no normalization layer brings one. Activations are multiplied
+    A convolution has a bias only where no normalization layer brings one. Deep Kernel Shaping weights shortcuts, all
+    others add them. Activations are multiplied
     by `activation_scale`: 1, but for studies of what happens elsewhere. `convs_by_matmul` computes the same
     convolutions in another way: see `conv_by_matmul`.
 
@@ -176,6 +212,7 @@ def make_layers(
     """
     check_name("init", init, INITS)
     act = activation_layer(activation, **activation_options)
+    shaped = ActivationName.parse(activation).form == "d"
     kernel_init = jax.nn.initializers.variance_scaling(INITS[init], "fan_in", "truncated_normal")
     return Layers(
         conv=functools.partial(
@@ -187,6 +224,7 @@ def make_layers(
         dense=functools.partial(nn.Dense, kernel_init=kernel_init),
         norm=norm_layer(norm, momentum=norm_momentum, group_size=group_size),
         act=act if activation_scale == 1 else lambda mode: Scaled(act(mode), activation_scale),
+        join=functools.partial(Join, shortcut_weight=SHORTCUT_WEIGHT if shaped else None),
     )
 
 

@@ -55,7 +55,8 @@ class ResidualMLP(nn.Module):
         x = self.layers.dense(self.width)(x.reshape(x.shape[0], -1))
         for _ in range(self.depth):
             if self.activation_first:
-                x = x + self.layers.dense(self.width)(act()(norm()(x)))
+                branch = self.layers.dense(self.width)(act()(norm()(x)))
             else:
-                x = x + act()(norm()(self.layers.dense(self.width)(x)))
+                branch = act()(norm()(self.layers.dense(self.width)(x)))
+            x = self.layers.join(1)(x, branch)
         return nn.Dense(self.classes)(x)

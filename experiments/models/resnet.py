@@ -67,7 +67,8 @@ class BasicBlock(nn.Module):
         conv, norm, act = self.layers.in_mode(train)
         y = act()(norm()(conv(self.features, (3, 3), self.strides)(x)))
         y = norm()(conv(self.features, (3, 3))(y))
-        return act()(y + _shortcut(self.layers, x, self.features, self.strides, self.project, train))
+        shortcut = _shortcut(self.layers, x, self.features, self.strides, self.project, train)
+        return act()(self.layers.join(1)(shortcut, y))
 
 
 class BottleneckBlock(nn.Module):
@@ -85,7 +86,8 @@ class BottleneckBlock(nn.Module):
         y = act()(norm()(conv(self.features, (1, 1))(x)))
         y = act()(norm()(conv(self.features, (3, 3), self.strides)(y)))
         y = norm()(conv(4 * self.features, (1, 1))(y))
-        return act()(y + _shortcut(self.layers, x, 4 * self.features, self.strides, self.project, train))
+        shortcut = _shortcut(self.layers, x, 4 * self.features, self.strides, self.project, train)
+        return act()(self.layers.join(2)(shortcut, y))
 
 
 def _shortcut(layers: Layers, x: Array, features: int, strides: int, project: bool, train: bool) -> Array:
@@ -144,4 +146,4 @@ class PreActivationBlock(nn.Module):
         shortcut = x if same_shape else conv(self.features, (1, 1), self.strides)(y)
         y = conv(self.features, (3, 3), self.strides)(y)
         y = act()(norm()(y))
-        return shortcut + conv(self.features, (3, 3))(y)
+        return self.layers.join(2 if same_shape else 1)(shortcut, conv(self.features, (3, 3))(y))

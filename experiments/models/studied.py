@@ -1,0 +1,161 @@
+"""Ways to normalize an activation that were studied beside the library's own: see docs/results.md for what they do."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from anact_jax import Activation, Stats, activation_stats, gaussian_stats, informative, normalization
+from anact_jax.export import running_stats
+from anact_jax.linen import ANAct
+
+TRACKINGS = ("batch", "lag", "fixed")
+TEMPERINGS = ("leak", "scale", "measured")
+BOUNDS = ("none", "step", "range")
+
+STEP = 0.8, 1.2  # times the factor of the running statistics: the published window
+RANGE = 0.5, 2.0  # times the factor of a standard normal input
+SMALLEST_SCALE = 1 / 64
+
+
+def normalized(
+    fn: Activation,
+    inference: bool,
+    *,
+    tracking: str,
+    tempering: str,
+    bounds: str,
+    nonlinearity: float | None,
+    **options: Any,
+) -> nn.Module:
+    """An activation as the library normalizes it, or in one of the ways that were studied beside that.
+
+    Args:
+        fn: the activation.
+        inference: whether it is normalized with its running statistics, which stay as they are.
+        tracking: the statistics that it is normalized with in training: those of the `"batch"`; with `"lag"` the
+            running ones of the steps before; with `"fixed"` those of a standard normal input for ever.
+        tempering: what brings fn within `nonlinearity`: a `"leak"`, as `anact_jax.tempered` has it; the `"scale"` of
+            its input, by what a standard normal one would need; or that scale `"measured"` as training goes on.
+        bounds: of the factor: `"none"`; a `"step"` away from that of the running statistics, within `STEP`; the
+            `"range"` around that of a standard normal input, within `RANGE`.
+        nonlinearity: see `anact_jax.nonlinearity`.
+        **options: of `ANAct`.
+    """
+    leak = None if nonlinearity is None or tempering != "leak" else nonlinearity
+
+    def layer(f: Activation) -> nn.Module:
+        act = ANAct(
+            f,
+            nonlinearity=leak,
+            use_running_average=inference or tracking != "batch",
+            update=not inference and tracking != "fixed",
+            **options,
+        )
+        return act if bounds == "none" else Bounded(act, bounds)
+
+    if nonlinearity is None or tempering == "leak":
+        return layer(fn)
+    if tempering == "scale":
+        return layer(InputScaled(fn, gaussian_scale(fn, nonlinearity)))
+    return MeasuredScale(layer, fn, nonlinearity, adapts=not inference)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputScaled:
+    """`x -> f(scale x)`; equal where f and the scale are."""
+
+    f: Activation
+    scale: float | Float[Array, ""]
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The activation of x."""
+        return self.f(jnp.asarray(self.scale, x.dtype) * x)
+
+
+@functools.cache
+def gaussian_scale(f: Activation, limit: float) -> float:
+    """The largest scale up to 1 with which `InputScaled(f, scale)` has a nonlinearity of at most `limit`.
+
+    `SMALLEST_SCALE` where none does, as with ReLU, which bends as much at any scale.
+    """
+    scales = np.geomspace(SMALLEST_SCALE, 1, 4096)
+    with jax.ensure_compile_time_eval():
+        stats = gaussian_stats(f, std=jnp.asarray(scales))
+        within = np.asarray(stats.var_in * stats.slope_sq / stats.var_out <= 1 + limit)
+    return float(scales[within].max(initial=SMALLEST_SCALE))
+
+
+class MeasuredScale(nn.Module):
+    """An activation whose input is scaled so that its nonlinearity, measured from the batches, comes to a limit.
+
+    The scale a, one for the layer, starts at `gaussian_scale`. A training batch is normalized with the a of the
+    batches before, and moves it to `a (limit / nu)^(1/20)`, within `SMALLEST_SCALE` and 1: for smooth f, nu grows as
+    a^2, so that this is a tenth of the way to the scale that the batch asks for. `1 + nu` is `Var[x] E[f'^2]`, summed
+    over channels, over the sum of `Var[f]`.
+
+    Attributes:
+        layer: makes the normalized activation of a function.
+        fn: the activation.
+        limit: of the nonlinearity.
+        adapts: whether to learn from this batch.
+    """
+
+    layer: Callable[[Activation], nn.Module]
+    fn: Activation
+    limit: float
+    adapts: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+        """The normalized activation of x."""
+        scale = self.variable("batch_stats", "scale", lambda: jnp.asarray(gaussian_scale(self.fn, self.limit)))
+        f = InputScaled(self.fn, scale.value)
+        y: Array = self.layer(f)(x)
+        if self.adapts and not self.is_initializing():
+            batch = activation_stats(f, jax.lax.stop_gradient(x), feature_axes=-1)
+            bends = jnp.sum(batch.var_in * batch.slope_sq) / jnp.sum(batch.var_out) - 1
+            moved = scale.value * (self.limit / jnp.maximum(bends, self.limit * 1e-3)) ** 0.05
+            scale.value = jnp.where(jnp.isfinite(moved), jnp.clip(moved, SMALLEST_SCALE, 1), scale.value)
+        return y
+
+
+class Bounded(nn.Module):
+    """A normalized activation whose factor is held within bounds; what comes to a bound has no gradient.
+
+    Tools that look into `layer` see its factor as it would be without.
+
+    Attributes:
+        layer: what to bound, with one factor or one a channel, without a learned correction.
+        bounds: `"step"` or `"range"`; see `normalized`.
+    """
+
+    layer: ANAct
+    bounds: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+        """The layer's output, times the factor as it may be over the factor as it is."""
+        layer = self.layer
+        if self.is_initializing():
+            return layer(x)
+        before = running_stats(layer)
+        y: Array = layer(x)
+        used = before
+        if not layer.use_running_average:
+            measured = jax.lax.stop_gradient(x) if layer.stop_gradient else x
+            batch = activation_stats(layer.activation, measured, feature_axes=layer.feature_axes)
+            used = jax.tree.map(functools.partial(jnp.where, informative(batch)), batch, before)
+
+        def factor(stats: Stats) -> Array:
+            return normalization(stats, rule=layer.rule, center=layer.center, reference=layer.reference).factor
+
+        (least, most), around = (STEP, before) if self.bounds == "step" else (RANGE, gaussian_stats(layer.activation))
+        found, middle = factor(used), factor(around)
+        return y * (jnp.clip(found, least * middle, most * middle) / found).astype(y.dtype)
