@@ -24,14 +24,13 @@ from experiments.config import TrainConfig, check_positive
 from experiments.data import Batch, Dataset, load, training_batches
 from experiments.data.pipeline import standardize
 from experiments.gradient_variance import dense_layers, four_digits, pass_through
-from experiments.models import ActivationName, check_name
+from experiments.models import CHAINS, ActivationName, check_name
 from experiments.network import make_network
 from experiments.steps import make_steps, steps_per_epoch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-CHAINS = ("mlp5", "mlp10", "mlp30", "mlp100")
 TITLES = {
     "similarity": "correlation of two examples' signals",
     "gradient": "gradient $E[\\delta_l^2]$ over that of the last layer",

@@ -26,6 +26,7 @@ from experiments.models.studied import BOUNDS, TEMPERINGS, TRACKINGS
 
 __all__ = [
     "BOUNDS",
+    "CHAINS",
     "INITS",
     "MODELS",
     "NORMS",
@@ -70,6 +71,7 @@ _MAKERS: dict[str, Callable[..., nn.Module]] = {
     "preresmlp16": functools.partial(ResidualMLP, depth=16, width=128, activation_first=True),
 }
 MODELS = tuple(_MAKERS)
+CHAINS = tuple(name for name in MODELS if name.startswith("mlp"))  # dense layers without shortcuts
 
 
 def make_model(name: str, layers: Layers, classes: int, stem: str = "small") -> nn.Module:
