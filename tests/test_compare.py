@@ -53,7 +53,15 @@ def test_bad_settings_end_in_one_line_before_training(arguments, message, refuse
 
 
 @pytest.mark.parametrize(
-    "text", ["mean", "exact+center", "harmonic+center+unit+diff+learn", "forward+unit", "mean+feature+lag+nu0.05"]
+    "text",
+    [
+        "mean",
+        "exact+center",
+        "harmonic+center+unit+diff+learn",
+        "forward+unit",
+        "mean+feature+lag+nu0.05",
+        "mean+diff+measured+step+nu0.1",
+    ],
 )
 def test_variants_read_as_they_are_written(text):
     assert str(Variant.parse(text)) == text

@@ -107,3 +107,18 @@ def test_bounds_end_the_gradient_of_the_factor():
 
     assert abs(gradient("none", **options)) < 0.1
     assert gradient("step", **options) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tracking": "leads"}, "unknown tracking 'leads'"),
+        ({"tempering": "shift"}, "unknown tempering 'shift'"),
+        ({"bounds": "both"}, "unknown bounds 'both'"),
+        ({"tempering": "scale", "nonlinearity": None}, "tempering 'scale' needs a limit"),
+        ({"bounds": "step", "learnable": True}, "bounds 'step' do not go with a learned correction"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        activation_layer("nswish", **options)

@@ -10,16 +10,15 @@ from experiments.models.cnn import VGG, PlainCNN
 from experiments.models.layers import (
     INITS,
     NORMS,
-    ActivationName,
     Join,
     Layers,
     Plain,
     activation_layer,
-    check_name,
     make_layers,
     on_each,
 )
 from experiments.models.mlp import MLP, ResidualMLP
+from experiments.models.names import ActivationName, check_name
 from experiments.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet, WideResNet
 from experiments.models.shaping import Depth
 from experiments.models.studied import BOUNDS, TEMPERINGS, TRACKINGS

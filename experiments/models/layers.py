@@ -3,7 +3,7 @@
 import functools
 import math
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from anact_jax import ACTIVATIONS, DEFAULT, Activation
+from anact_jax import ACTIVATIONS, Activation
+from experiments.models.names import ActivationName, check_name
 from experiments.models.shaping import SHORTCUT_WEIGHT, Depth, deep_kernel_shaped
-from experiments.models.studied import BOUNDS, TEMPERINGS, TRACKINGS, normalized
+from experiments.models.studied import normalized
 
 _SHALLOW = Depth()
 INITS = {"lecun": 1.0, "he": 2.0}  # variance of a weight times fan-in
@@ -102,70 +103,21 @@ class Scaled(nn.Module):
         return self.scale * self.layer(x)
 
 
-def check_name(what: str, name: str, known: Iterable[str]) -> None:
-    """Raises ValueError unless `name` is one of `known`."""
-    if name not in known:
-        raise ValueError(f"unknown {what} {name!r}; expected one of {', '.join(known)}")
-
-
-class ActivationName(NamedTuple):
-    """An activation and its form: `""` as it is, `"n"` normalized, `"d"` by Deep Kernel Shaping."""
-
-    form: str
-    base: str
-
-    @classmethod
-    def parse(cls, name: str) -> "ActivationName":
-        """Raises ValueError unless `name` is an activation, or one with the letter of its form before it."""
-        if name in ACTIVATIONS:
-            return cls("", name)
-        if name[:1] in ("n", "d") and name[1:] in ACTIVATIONS:
-            return cls(name[0], name[1:])
-        raise ValueError(
-            f"unknown activation {name!r}; expected one of {', '.join(ACTIVATIONS)}, or n (normalized) or d (Deep "
-            "Kernel Shaping) and its name"
-        )
-
-
-def activation_layer(
-    name: str,
-    *,
-    depth: Depth = _SHALLOW,
-    tracking: str = "batch",
-    tempering: str = "leak",
-    bounds: str = "none",
-    nonlinearity: float | None = DEFAULT.nonlinearity,
-    **options: Any,
-) -> Callable[[bool], Layer]:
-    """Maker of an activation: `"swish"` is plain, `"nswish"` is `ANAct(swish, **options)`, `"dswish"` shaped.
+def activation_layer(name: str, *, depth: Depth = _SHALLOW, **options: Any) -> Callable[[bool], Layer]:
+    """Maker of an activation: `"swish"` is plain, `"nswish"` is `normalized(swish, **options)`, `"dswish"` shaped.
 
     Args:
         name: see `ActivationName`.
         depth: of the network, which Deep Kernel Shaping needs to know.
-        tracking: see `normalized`, as for the next three.
-        tempering: what brings the activation within `nonlinearity`.
-        bounds: of the factor.
-        nonlinearity: the limit, or None.
-        **options: of `ANAct`.
+        **options: see `normalized`.
 
     Raises:
-        ValueError: no activation has this name, or no such way to normalize it.
+        ValueError: no activation has this name, or it cannot be normalized so.
     """
     form, base = ActivationName.parse(name)
-    check_name("tracking", tracking, TRACKINGS)
-    check_name("tempering", tempering, TEMPERINGS)
-    check_name("bounds", bounds, BOUNDS)
     fn = ACTIVATIONS[base]
     if form == "n":
-        return functools.partial(
-            normalized,
-            fn,
-            tracking=tracking,
-            tempering=tempering,
-            bounds=bounds,
-            nonlinearity=nonlinearity,
-            **options,
-        )
+        return normalized(fn, **options)
     if form == "d":
         fn = deep_kernel_shaped(base, depth)
     return lambda inference: Plain(fn)

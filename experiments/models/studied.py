@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from anact_jax import Activation, Stats, activation_stats, gaussian_stats, informative, normalization
+from anact_jax import DEFAULT, Activation, Stats, activation_stats, gaussian_stats, informative, normalization
 from anact_jax.export import running_stats
 from anact_jax.linen import ANAct
+from experiments.models.names import check_name
 
 TRACKINGS = ("batch", "lag", "fixed")
 TEMPERINGS = ("leak", "scale", "measured")
@@ -26,45 +27,60 @@ SMALLEST_SCALE = 1 / 64
 
 def normalized(
     fn: Activation,
-    inference: bool,
     *,
-    tracking: str,
-    tempering: str,
-    bounds: str,
-    nonlinearity: float | None,
+    tracking: str = "batch",
+    tempering: str = "leak",
+    bounds: str = "none",
+    nonlinearity: float | None = DEFAULT.nonlinearity,
+    learnable: bool = False,
     **options: Any,
-) -> nn.Module:
-    """An activation as the library normalizes it, or in one of the ways that were studied beside that.
+) -> Callable[[bool], nn.Module]:
+    """Maker of an activation for training or inference, as the library normalizes it or in a way studied beside that.
 
     Args:
         fn: the activation.
-        inference: whether it is normalized with its running statistics, which stay as they are.
         tracking: the statistics that it is normalized with in training: those of the `"batch"`; with `"lag"` the
             running ones of the steps before; with `"fixed"` those of a standard normal input for ever.
         tempering: what brings fn within `nonlinearity`: a `"leak"`, as `anact_jax.tempered` has it; the `"scale"` of
             its input, by what a standard normal one would need; or that scale `"measured"` as training goes on.
         bounds: of the factor: `"none"`; a `"step"` away from that of the running statistics, within `STEP`; the
             `"range"` around that of a standard normal input, within `RANGE`.
-        nonlinearity: see `anact_jax.nonlinearity`.
+        nonlinearity: the limit, or None; see `anact_jax.nonlinearity`.
+        learnable: see `ANAct`.
         **options: of `ANAct`.
-    """
-    leak = None if nonlinearity is None or tempering != "leak" else nonlinearity
 
-    def layer(f: Activation) -> nn.Module:
-        act = ANAct(
+    Raises:
+        ValueError: no such way; a scale without a limit; bounds of a factor that is learned.
+    """
+    check_name("tracking", tracking, TRACKINGS)
+    check_name("tempering", tempering, TEMPERINGS)
+    check_name("bounds", bounds, BOUNDS)
+    if tempering != "leak" and nonlinearity is None:
+        raise ValueError(
+            f"tempering {tempering!r} needs a limit; give a nonlinearity, such as 0.1, or leave it at 'leak'"
+        )
+    if bounds != "none" and learnable:
+        raise ValueError(f"bounds {bounds!r} do not go with a learned correction; leave one of them out")
+
+    def act(f: Activation, inference: bool, limit: float | None = None) -> nn.Module:
+        layer = ANAct(
             f,
-            nonlinearity=leak,
+            nonlinearity=limit,
             use_running_average=inference or tracking != "batch",
             update=not inference and tracking != "fixed",
+            learnable=learnable,
             **options,
         )
-        return act if bounds == "none" else Bounded(act, bounds)
+        return layer if bounds == "none" else Bounded(layer, bounds)
 
     if nonlinearity is None or tempering == "leak":
-        return layer(fn)
+        return lambda inference: act(fn, inference, nonlinearity)
     if tempering == "scale":
-        return layer(InputScaled(fn, gaussian_scale(fn, nonlinearity)))
-    return MeasuredScale(layer, fn, nonlinearity, adapts=not inference)
+        scaled = InputScaled(fn, gaussian_scale(fn, nonlinearity))
+        return lambda inference: act(scaled, inference)
+    return lambda inference: MeasuredScale(
+        functools.partial(act, inference=inference), fn, nonlinearity, adapts=not inference
+    )
 
 
 @dataclasses.dataclass(frozen=True)
