@@ -114,7 +114,8 @@ class MeasuredScale(nn.Module):
     The scale a, one for the layer, starts at `gaussian_scale`. A training batch is normalized with the a of the
     batches before, and moves it to `a (limit / nu)^(1/20)`, within `SMALLEST_SCALE` and 1: for smooth f, nu grows as
     a^2, so that this is a tenth of the way to the scale that the batch asks for. `1 + nu` is `Var[x] E[f'^2]`, summed
-    over channels, over the sum of `Var[f]`.
+    over channels, over the sum of `Var[f]`; nu counts as no less than a quarter of the limit and no more than four
+    times that, so that single batches move the scale by 7% at most, up as easily as down.
 
     Attributes:
         layer: makes the normalized activation of a function.
@@ -137,7 +138,7 @@ class MeasuredScale(nn.Module):
         if self.adapts and not self.is_initializing():
             batch = activation_stats(f, jax.lax.stop_gradient(x), feature_axes=-1)
             bends = jnp.sum(batch.var_in * batch.slope_sq) / jnp.sum(batch.var_out) - 1
-            moved = scale.value * (self.limit / jnp.maximum(bends, self.limit * 1e-3)) ** 0.05
+            moved = scale.value * (self.limit / jnp.clip(bends, self.limit / 4, 4 * self.limit)) ** 0.05
             scale.value = jnp.where(jnp.isfinite(moved), jnp.clip(moved, SMALLEST_SCALE, 1), scale.value)
         return y
 
