@@ -24,6 +24,11 @@ def parameter_count(model, image_shape):
     return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
 
 
+def initialized(model, x):
+    """Variables of a model; the `rbg` generator compiles in a third of the time that the default takes."""
+    return jax.jit(functools.partial(model.init, train=False))(jax.random.key(0, impl="rbg"), x)
+
+
 # He et al. (arXiv 1512.03385), table 6, give 0.27M, 0.46M, 0.85M; torchvision's documentation of its models
 # gives the exact figures of the other three. The exact figures of the first three follow by hand from section 4.2:
 # 9 * (3 * 16 + 2n * 16^2 + 16 * 32 + (2n - 1) * 32^2 + 32 * 64 + (2n - 1) * 64^2) for convolutions,
@@ -58,7 +63,7 @@ def test_no_activation_is_hard_wired(name, stem):
     layers = make_layers("swish", "none")._replace(act=lambda use_running_average: lambda x: x)
     model = make_model(name, layers, classes=3).clone(stem=stem, stage_sizes=(1, 2))
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
-    variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), x, train=False)
+    variables = initialized(model, x)
     run = jax.jit(functools.partial(model.apply, train=False))
     np.testing.assert_allclose(run(variables, 3.0 * x), 3.0 * run(variables, x), rtol=1e-4, atol=1e-5)
 
@@ -68,7 +73,7 @@ def test_no_activation_is_hard_wired(name, stem):
 def test_every_norm_and_activation_runs_in_both_modes(norm, activation):
     model = make_model("resnet20", make_layers(activation, norm), classes=10).clone(stage_sizes=(1, 1))
     x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
-    variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), x, train=False)
+    variables = initialized(model, x)
     assert ("batch_stats" in variables) == (norm == "batch" or activation == "nswish")
     has_bias = any(
         "bias" in path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(variables["params"]["Conv_0"])
