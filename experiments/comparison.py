@@ -52,6 +52,11 @@ class Variant(NamedTuple):
     tempering: str = "leak"
     bounds: str = "none"
 
+    @property
+    def usual(self) -> "Variant":
+        """The same form in the library's own ways."""
+        return self._replace(tracking=TRACKINGS[0], tempering=TEMPERINGS[0], bounds=BOUNDS[0])
+
     @classmethod
     def parse(cls, text: str) -> "Variant":
         """Raises ValueError where a part is unknown."""

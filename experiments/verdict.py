@@ -5,6 +5,7 @@ See `python experiments/verdict.py --help`.
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from experiments.comparison import Interval, Runs, Side, Table, Variant, arrange
 ALLOWED_LOSS = 0.003  # accuracy
 WITHIN = 0.01  # of the best: a learning rate that is usable, a form as good as a rival
 FEW_FORMS = 6  # tried in a network, up to which it is a row of the second table
+_Networks = dict[str, dict[str, str]]  # network -> form -> entry
 _HEADER = (
     "| activation | plain | default | difference, 95% | corrected | usable rates | best rival | default - rival |",
     "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -34,7 +36,8 @@ class Config:
     Student's t; *corrected* is the interval's half width by Bonferroni for all rows of all tables. *Usable rates*:
     largest over smallest learning rate within 1 point of the best on the validation split, of plain and
     of default. *Rivals*: other normalization layers and Deep Kernel Shaping with the same
-    activation, ReLU in He's initialization, SELU; those that were measured.
+    activation, ReLU in He's initialization, SELU; those that were measured. What is *less* another is a difference
+    of test accuracies too, paired by seed, with its 95% interval.
     """
 
     choice: Path = Path("docs/results/choice")
@@ -84,7 +87,7 @@ def main() -> int:
         choice, verdict = (_results_in(folder) for folder in (config.choice, config.workdir))
     except (ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
-    print(forms_table(choice), report(rows_of(verdict, variant)), sep="\n\n")
+    print(forms_table(choice), ways_table(choice), report(rows_of(verdict, variant)), sep="\n\n")
     return 0
 
 
@@ -101,22 +104,45 @@ def forms_table(results: Results) -> str:
     Networks in which more than `FEW_FORMS` were tried stand in the first, a column each; the others in the second, a
     row each.
     """
-    networks: dict[str, dict[str, str]] = {}
-    for place, table in arrange(results).items():
-        for side, column in table.items():
-            for activation, runs in column.items():
-                also = [part for part in (side.norm, place.optimizer) if part not in ("none", "sgd")]
-                network = ", ".join([place.model, activation, f"pool {place.pool}", *also])
-                form = "plain" if side.variant is None else str(side.variant)
-                networks.setdefault(network, {})[form] = f"{runs.accuracy()} at {runs.rate:g}"
+    networks: _Networks = {}
+    for network, side, activation, table in _tried(results):
+        runs = table[side][activation]
+        form = "plain" if side.variant is None else str(side.variant)
+        networks.setdefault(network, {})[form] = f"{runs.accuracy()} at {runs.rate:g}"
     many, few = ({n: f for n, f in networks.items() if (len(f) > FEW_FORMS) == wanted} for wanted in (True, False))
-    first = [table_row(form, *(found.get(form, "") for found in many.values())) for form in _forms(many)]
     second = [table_row(network, *(found.get(form, "") for form in _forms(few))) for network, found in few.items()]
-    tables = (table_head("form", *many), *first), (table_head("network", *_forms(few)), *second)
+    tables = _by_form(many), (table_head("network", *_forms(few)), *second)
     return "\n\n".join("\n".join(lines) for lines in tables if lines[1:])
 
 
-def _forms(networks: dict[str, dict[str, str]]) -> list[str]:
+def ways_table(results: Results) -> str:
+    """Ways studied beside the library's own, less the same form without them: accuracies in points, paired by seed."""
+    networks: _Networks = {}
+    for network, side, activation, table in _tried(results):
+        if side.variant is None or side.variant == side.variant.usual:
+            continue
+        without = table.get(side._replace(variant=side.variant.usual), {}).get(activation)
+        if without is not None:
+            difference = _signed(table[side][activation].against(without))
+            networks.setdefault(network, {})[str(side.variant)] = difference
+    return "\n".join(["**Ways beside the library's, less the same form without them**", "", *_by_form(networks)])
+
+
+def _tried(results: Results) -> Iterator[tuple[str, Side, str, Table]]:
+    """Each side and activation that was run: the network's name, where in the table it stands, the table."""
+    for place, table in arrange(results).items():
+        for side, column in table.items():
+            also = [part for part in (side.norm, place.optimizer) if part not in ("none", "sgd")]
+            for activation in column:
+                yield ", ".join([place.model, activation, f"pool {place.pool}", *also]), side, activation, table
+
+
+def _by_form(networks: _Networks) -> list[str]:
+    rows = [table_row(form, *(found.get(form, "") for found in networks.values())) for form in _forms(networks)]
+    return [table_head("form", *networks), *rows]
+
+
+def _forms(networks: _Networks) -> list[str]:
     return sorted({form for found in networks.values() for form in found}, key=lambda form: (len(form), form))
 
 
@@ -172,7 +198,20 @@ def report(rows: list[Row]) -> str:
     for network in dict.fromkeys(row.network for row in rows):
         lines = [_line(row, len(rows)) for row in rows if row.network == network]
         parts.append("\n".join([f"**{network}**", "", *_HEADER, *lines]))
-    return "\n\n".join([*parts, _sum(rows)])
+    return "\n\n".join([*parts, _against_rivals(rows), _sum(rows)])
+
+
+def _against_rivals(rows: list[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row.rivals))
+    lines = [
+        table_row(
+            row.network,
+            row.activation,
+            *(_signed(row.default.against(row.rivals[name])) if name in row.rivals else "" for name in names),
+        )
+        for row in rows
+    ]
+    return "\n".join(["**Default less each rival**", "", table_head("network", "activation", *names), *lines])
 
 
 def _line(row: Row, comparisons: int) -> str:

@@ -12,7 +12,7 @@ import pytest
 from experiments.benchmarks import cost
 from experiments.cells import Results
 from experiments.comparison import Variant, arrange, markdown_table
-from experiments.verdict import Config, forms_table, report, rows_of
+from experiments.verdict import Config, forms_table, report, rows_of, ways_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,5 +56,7 @@ def test_tables_of_the_cost_are_those_that_were_measured():
 
 def test_tables_of_the_default_are_those_of_the_finished_cells():
     text, folder = (ROOT / "docs" / "results.md").read_text(), ROOT / "docs" / "results"
-    assert forms_table(Results(folder / "choice" / "results.jsonl")) in text
+    choice = Results(folder / "choice" / "results.jsonl")
+    assert forms_table(choice) in text
+    assert ways_table(choice) in text
     assert report(rows_of(Results(folder / "verdict" / "results.jsonl"), Variant.parse(Config().variant))) in text

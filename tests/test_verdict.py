@@ -8,7 +8,7 @@ from experiments import verdict
 from experiments.cells import Cell, Results
 from experiments.comparison import Runs, Variant
 from experiments.config import TrainConfig
-from experiments.verdict import Config, forms_table, half_width, report, rows_of, usable_range
+from experiments.verdict import Config, forms_table, half_width, report, rows_of, usable_range, ways_table
 
 FORM = Variant.parse(Config().variant)
 
@@ -54,6 +54,9 @@ def test_rows_pair_plain_with_the_form_and_find_rivals(tmp_path):
     assert "| swish | 60.0 ± 24.8 at 0.1 | 70.0 ± 24.8 at 0.1 | +10.0 ± 0.0 | ± 0.0 | 1 / 1 | DKS 80.0" in text
     assert "Better than plain by 1 point or more in 1." in text
     assert "Within 1 point of the best rival in 0 of 1" in text
+    head, _, line = text.split("**Default less each rival**\n\n")[1].splitlines()[:3]
+    assert head == "| network | activation | SELU | DKS | BatchNorm |"
+    assert line == "| mlp10 | swish | +60.0 ± 24.8 | -10.0 ± 0.0 | +10.0 ± 24.8 |"
 
 
 def test_behind_a_normalization_layer_the_rivals_are_what_could_stand_in_its_place(tmp_path):
@@ -83,6 +86,21 @@ def test_forms_stand_in_rows_where_many_were_tried_and_in_columns_elsewhere(tmp_
         "| network | plain | mean+center+unit+diff+feature+nu0.1 |",
         "| --- | --- | --- |",
         "| mlp10, swish, pool 1, batch | 70.0 ± 0.0 at 0.1 | 80.0 ± 0.0 at 0.1 |",
+    ]
+
+
+def test_ways_are_set_against_the_same_form_without_them(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    for norm in ("none", "batch"):
+        add(results, "nswish", [0.5, 0.6], norm=norm)
+    add(results, "nswish", [0.5, 0.6], rule="forward")
+    add(results, "nswish", [0.4, 0.6], tempering="scale")
+    add(results, "nswish", [0.7, 0.7], rule="exact", bounds="step")  # nothing to set it against
+    add(results, "swish", [0.1, 0.1])
+    assert ways_table(results).splitlines()[2:] == [
+        "| form | mlp10, swish, pool 1 |",
+        "| --- | --- |",
+        "| mean+center+unit+diff+feature+scale+nu0.1 | -5.0 ± 63.5 |",
     ]
 
 
