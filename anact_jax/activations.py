@@ -1,23 +1,80 @@
-"""Elementwise activations by name, as JAX defines them."""
+"""Elementwise activations by name, as plain functions that pickle and copy; how far they are from linear."""
 
-from collections.abc import Callable
-from typing import TypeAlias
+import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
-Activation: TypeAlias = Callable[[jax.Array], jax.Array]
+from anact_jax.elementwise import Activation, while_tracing
+from anact_jax.form import check_nonlinearity
+from anact_jax.gaussian import gaussian_stats, under_normal
+
+
+def elu(x: ArrayLike) -> Array:
+    """`jax.nn.elu`."""
+    return jax.nn.elu(x)
+
+
+def gelu(x: ArrayLike) -> Array:
+    """`jax.nn.gelu`."""
+    return jax.nn.gelu(x)
+
+
+def leaky_relu(x: ArrayLike) -> Array:
+    """`jax.nn.leaky_relu`."""
+    return jax.nn.leaky_relu(x)
+
+
+def mish(x: ArrayLike) -> Array:
+    """`jax.nn.mish`."""
+    return jax.nn.mish(x)
+
+
+def relu(x: ArrayLike) -> Array:
+    """`jax.nn.relu`."""
+    return jax.nn.relu(x)
+
+
+def selu(x: ArrayLike) -> Array:
+    """`jax.nn.selu`."""
+    return jax.nn.selu(x)
+
+
+def sigmoid(x: ArrayLike) -> Array:
+    """`jax.nn.sigmoid`."""
+    return jax.nn.sigmoid(x)
+
+
+def softplus(x: ArrayLike) -> Array:
+    """`jax.nn.softplus`."""
+    return jax.nn.softplus(x)
+
+
+def swish(x: ArrayLike) -> Array:
+    """`jax.nn.swish`."""
+    return jax.nn.swish(x)
+
+
+def tanh(x: ArrayLike) -> Array:
+    """`jax.numpy.tanh`."""
+    return jnp.tanh(x)
+
 
 ACTIVATIONS: dict[str, Activation] = {
-    "elu": jax.nn.elu,
-    "gelu": jax.nn.gelu,
-    "leaky_relu": jax.nn.leaky_relu,
-    "mish": jax.nn.mish,
-    "relu": jax.nn.relu,
-    "selu": jax.nn.selu,
-    "sigmoid": jax.nn.sigmoid,
-    "softplus": jax.nn.softplus,
-    "swish": jax.nn.swish,
-    "tanh": jax.numpy.tanh,
+    "elu": elu,
+    "gelu": gelu,
+    "leaky_relu": leaky_relu,
+    "mish": mish,
+    "relu": relu,
+    "selu": selu,
+    "sigmoid": sigmoid,
+    "silu": swish,
+    "softplus": softplus,
+    "swish": swish,
+    "tanh": tanh,
 }
 
 
@@ -27,10 +84,87 @@ def activation(name: str) -> Activation:
     Raises:
         ValueError: no activation has this name; the message lists those that exist.
 
-    >>> import jax.numpy as jnp
     >>> activation("relu")(jnp.array([-1.0, 2.0]))
     Array([0., 2.], dtype=float32)
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}; expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def nonlinearity(f: Activation) -> Float[Array, ""]:
+    """`nu = E[f'(x)^2] / Var[f(x)] - 1` for x ~ N(0, 1): 0 for a linear function, more the more f bends.
+
+    With the Hermite coefficients c_k of f, `1 + nu = sum_k k c_k^2 / sum_k c_k^2` over k >= 1. It is also rho'/rho, the
+    backward over the forward gain of the centered activation, and the slope at 1 of the map from the correlation of two
+    inputs to that of their outputs: in a chain of L layers gradients grow by `(1 + nu)^L` where signals are kept, and
+    near examples drift apart as fast.
+
+    Args:
+        f: any elementwise JAX function.
+
+    Returns:
+        A number >= 0; inf for a constant.
+
+    >>> print(*(f"{nonlinearity(f):.3f}" for f in (relu, swish, tanh, sigmoid)))
+    0.467 0.212 0.178 0.034
+    """
+    stats = gaussian_stats(f)
+    assert stats.var_out is not None and stats.slope_sq is not None
+    return jnp.where(stats.var_out > 0, jnp.maximum(stats.slope_sq / stats.var_out - 1, 0), jnp.inf)
+
+
+def tempered(f: Activation, limit: float | None) -> Activation:
+    """`x -> f(x) + kappa x`, with kappa such that its `nonlinearity` is at most `limit`.
+
+    With e = E[f'], rho = Var[f] and rho' = E[f'^2] for x ~ N(0, 1), by Stein's lemma (Cov[f(x), x] = e),
+
+        kappa = sign(e) (sqrt(e^2 + (rho' / limit - (1 + 1 / limit) rho)) - |e|)
+
+    and 0 where f is within the limit by itself. To limit what a network of L layers does to near examples, whatever its
+    depth, take `limit = zeta**(1 / L) - 1`; Deep Kernel Shaping (Martens et al., arXiv 2110.01765) reaches the same
+    end, with zeta = 1.5, by shifting and scaling x and f.
+
+    Args:
+        f: any elementwise JAX function. kappa is a constant, computed while tracing; where f closes over traced values
+            (a learned slope), it is part of the graph, and differentiated with them.
+        limit: largest nonlinearity, > 0; None leaves f as it is.
+
+    Returns:
+        An elementwise function. A constant f stays as it is: no kappa would leave anything of it.
+
+    Raises:
+        ValueError: limit is not a positive number.
+
+    >>> leaky = tempered(relu, 0.1)
+    >>> print(f"{nonlinearity(leaky):.3f} {leaky(-1.0):.3f} {leaky(1.0):.3f}")
+    0.100 -0.725 1.725
+    """
+    if limit is None:
+        return f
+    check_nonlinearity(limit)
+    kappa = while_tracing(_leak, f, limit)
+    return Leaky(f, float(kappa) if isinstance(kappa, np.ndarray) else kappa)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leaky:
+    """`x -> f(x) + kappa x`."""
+
+    f: Activation
+    kappa: float | Float[Array, ""]
+
+    def __call__(self, x: ArrayLike) -> Array:
+        """The activation of x."""
+        x = jnp.asarray(x)
+        kappa = self.kappa if isinstance(self.kappa, float) else self.kappa.astype(x.dtype)
+        return self.f(x) + kappa * x
+
+
+def _leak(f: Activation, limit: float) -> Float[Array, ""]:
+    x, y, slope, expectation = under_normal(f)
+    off_mean = y - expectation(y)
+    rho, slope_sq, mean_slope = expectation(off_mean**2), expectation(slope**2), expectation(off_mean * x)
+    excess = slope_sq / limit - (1 + 1 / limit) * rho
+    kappa = jnp.sqrt(mean_slope**2 + jnp.maximum(excess, 0)) - jnp.abs(mean_slope)
+    return jnp.where((excess > 0) & (rho > 0), jnp.where(mean_slope < 0, -kappa, kappa), 0)

@@ -18,9 +18,10 @@ from jaxtyping import Array, Float
 
 import anact_jax.nnx
 from anact_jax.export import constants, running_stats
-from anact_jax.factors import Normalization, correction, gains, normalization
-from anact_jax.normalize import DEFAULT, Form
-from anact_jax.statistics import Stats, wide_dtype
+from anact_jax.elementwise import wide_dtype
+from anact_jax.factors import Normalization, gains, normalization
+from anact_jax.form import DEFAULT, Form
+from anact_jax.statistics import Stats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,12 +129,10 @@ def linen_layers(
     found: dict[str, tuple[Stats, Normalization]] = {}
 
     def visit(path: tuple[str, ...], state: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-        if set(state) == set(Stats._fields):
-            stats = Stats(*(jnp.asarray(state[field]) for field in Stats._fields))
-            factor, shift = normalization(stats, rule=form.rule, center=form.center, reference=form.reference)
-            if "alpha" in params:
-                factor = factor + correction(jnp.asarray(params["alpha"]))
-            found["/".join(path) or "ANAct"] = stats, Normalization(factor, shift)
+        if {"count", *form.moments} <= set(state):
+            stats = Stats(**{name: jnp.asarray(state[name]) for name in ("count", *form.moments)})
+            alpha = jnp.asarray(params["alpha"]) if form.learned else None
+            found["/".join(path) or "ANAct"] = stats, normalization(stats, form, alpha=alpha)
             return
         for name in sorted(state, key=_natural):
             if isinstance(state[name], Mapping):
@@ -181,7 +180,7 @@ def nnx_gains(model: nnx.Module) -> tuple[LayerGains, ...]:
     Raises:
         ValueError: there is no such layer.
 
-    >>> row, = nnx_gains(anact_jax.nnx.NReLU(rule="forward", nonlinearity=None))
+    >>> row, = nnx_gains(anact_jax.nnx.NReLU(form=DEFAULT.replace(nonlinearity=None)))
     >>> round(float(row.forward), 3), round(float(row.factor), 3)
     (1.0, 1.713)
     """

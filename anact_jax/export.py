@@ -10,18 +10,20 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from anact_jax import linen, nnx
-from anact_jax.factors import Normalization, correction, normalization
-from anact_jax.normalize import normalize
-from anact_jax.statistics import Stats, canonical_axes, wide_dtype
+from anact_jax.elementwise import wide_dtype
+from anact_jax.factors import Normalization, normalization
+from anact_jax.form import Form
+from anact_jax.statistics import Stats, canonical_axes, other_axes
+from anact_jax.step import normalize
 
-Layer: TypeAlias = linen.ANAct | nnx.ANAct
+Trained: TypeAlias = linen.ANAct | nnx.ANAct
 Padding: TypeAlias = str | int | Sequence[int | tuple[int, int]]
 
 _PADS_WITH_ZEROS = {"SAME": True, "CAUSAL": True, "VALID": False, "CIRCULAR": False, "REFLECT": False}
 
 
-def running_stats(layer: Layer) -> Stats:
-    """Running statistics that a layer holds.
+def running_stats(layer: Trained) -> Stats:
+    """Running statistics that a layer holds: the moments that its form uses.
 
     Args:
         layer: an NNX `ANAct`, or a Linen one bound to its variables, as `constants` takes it.
@@ -29,18 +31,18 @@ def running_stats(layer: Layer) -> Stats:
     Raises:
         ValueError: a Linen layer without its statistics.
     """
+    names = ("count", *Form.parse(layer.form).moments)
     if isinstance(layer, nnx.ANAct):
-        return Stats(*(jnp.asarray(getattr(layer, field)[...]) for field in Stats._fields))
-    return Stats(*(jnp.asarray(_variable(layer, layer.collection, field)) for field in Stats._fields))
+        return Stats(**{name: jnp.asarray(getattr(layer, name)[...]) for name in names})
+    return Stats(**{name: jnp.asarray(_variable(layer, layer.collection, name)) for name in names})
 
 
-def constants(layer: Layer) -> Normalization:
+def constants(layer: Trained) -> Normalization:
     """Factor and shift that a trained layer applies in inference, the learned correction included.
 
     Args:
         layer: an NNX `ANAct`, or a Linen one bound to its variables: `layer.bind({"batch_stats": ...})`
-            with what `model.init` and training put under the layer's name; with `learnable=True` its
-            `"params"` too.
+            with what `model.init` and training put under the layer's name; of a learned form its `"params"` too.
 
     Returns:
         `Normalization` of the statistics' shape. Before training it is that of a standard normal input.
@@ -48,20 +50,19 @@ def constants(layer: Layer) -> Normalization:
     Raises:
         ValueError: a Linen layer without its variables.
 
-    >>> layer = linen.NReLU(rule="forward", nonlinearity=None, feature_axes=(), use_running_average=True)
+    >>> layer = linen.NReLU(form="forward+center", use_running_average=True)
     >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
     >>> [round(float(value), 3) for value in constants(layer.bind(variables))]
     [1.713, 0.399]
     """
-    factor, shift = normalization(running_stats(layer), rule=layer.rule, center=layer.center, reference=layer.reference)
-    if isinstance(layer, nnx.ANAct):
-        alpha = None if layer.alpha is None else layer.alpha[...]
-    else:
-        alpha = _variable(layer, "params", "alpha") if layer.learnable else None
-    return Normalization(factor if alpha is None else factor + correction(jnp.asarray(alpha)), shift)
+    form, alpha = Form.parse(layer.form), None
+    if form.learned:
+        alpha = jnp.asarray(layer.alpha[...] if isinstance(layer, nnx.ANAct) else _variable(layer, "params", "alpha"))
+    stats = jax.tree.map(lambda moment: moment.astype(wide_dtype(moment.dtype)), running_stats(layer))
+    return normalization(stats, form, alpha=alpha)
 
 
-def as_function(layer: Layer) -> Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]:
+def as_function(layer: Trained) -> Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]:
     """The layer in inference as a function of x alone, `factor * (f(x) - shift)`, with its numbers in it.
 
     What it returns holds no statistics, no state and no module, equals the layer to the last bit, and stays as it
@@ -76,13 +77,13 @@ def as_function(layer: Layer) -> Callable[[Float[Array, "*shape"]], Float[Array,
     Raises:
         ValueError: a Linen layer without its variables, or state of several layers, as under `scan` or `vmap`.
 
-    >>> layer = linen.NReLU(rule="forward", nonlinearity=None, feature_axes=(), use_running_average=True)
+    >>> layer = linen.NReLU(form="forward+center", use_running_average=True)
     >>> f = as_function(layer.bind(layer.init(jax.random.key(0), jnp.ones((2, 3)))))
     >>> [round(float(value), 3) for value in f(jnp.array([-1.0, 1.0]))]
     [-0.683, 1.03]
     """
     factor, shift = (np.asarray(value) for value in constants(layer))
-    given = (layer.feature_axes,) if isinstance(layer.feature_axes, int) else tuple(layer.feature_axes)
+    given = Form.parse(layer.form).axes
     feature_axes = given if factor.ndim else ()  # an NNX layer that saw no batch has the same numbers for every feature
     if factor.ndim != len(feature_axes):
         raise ValueError(
@@ -92,8 +93,7 @@ def as_function(layer: Layer) -> Callable[[Float[Array, "*shape"]], Float[Array,
     f = layer.activation
 
     def function(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        axes = canonical_axes(feature_axes, x.ndim)
-        others = tuple(axis for axis in range(x.ndim) if axis not in axes)
+        others = other_axes(canonical_axes(feature_axes, x.ndim), x.ndim)
         return normalize(f, x, jnp.asarray(np.expand_dims(factor, others)), jnp.asarray(np.expand_dims(shift, others)))
 
     return function
@@ -182,7 +182,7 @@ def _pads_with_zeros(padding: Padding | None, window: Sequence[int]) -> bool:
 def _variable(layer: linen.ANAct, collection: str, name: str) -> Array:
     value: Array | None = None if layer.scope is None else layer.get_variable(collection, name)
     if value is None:
-        wanted = ", ".join(f"{kind!r}: ..." for kind in (layer.collection, *(["params"] if layer.learnable else [])))
+        wanted = ", ".join(f"{kind!r}: ..." for kind in (layer.collection, *(["params"] if Form.parse(layer.form).learned else [])))
         raise ValueError(
             f"{type(layer).__name__} has no {collection}/{name}: a Linen layer must be bound to its own variables, "
             f"layer.bind({{{wanted}}}), each as it stands in the model's under the layer's name"

@@ -1,16 +1,12 @@
-"""From statistics to gains, and from gains to a factor and a shift. Equations as in docs/method.md."""
+"""From moments to gains, and from gains to a factor and a shift. Equations as in docs/method.md."""
 
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from anact_jax.form import DEFAULT, Form
 from anact_jax.statistics import Stats
-
-Rule: TypeAlias = Literal["mean", "forward", "backward", "geometric", "harmonic", "exact"]
-Reference: TypeAlias = Literal["input", "unit"]
-RULES: tuple[Rule, ...] = get_args(Rule)
-REFERENCES: tuple[Reference, ...] = get_args(Reference)
 
 
 class Gains(NamedTuple):
@@ -35,37 +31,45 @@ class Normalization(NamedTuple):
 def gains(stats: Stats, *, shift: Float[Array, "*features"] | float = 0.0) -> Gains:
     """Forward and backward gain of `f(x) - shift` (method.md, "Derivation").
 
-    `forward = (Var[f] + (E[f] - shift)^2) / Var[x]` and `backward = E[f'^2]`. A factor lambda
-    multiplies both by lambda^2.
+    `forward = (Var[f] + (E[f] - shift)^2) / Var[x]` and `backward = E[f'^2]`. A factor lambda multiplies both by
+    lambda^2.
 
     Args:
-        stats: from `activation_stats`, `gaussian_stats` or `update_stats`.
+        stats: from `activation_stats`, `gaussian_stats` or `update_stats`, with all moments.
         shift: what is subtracted from f(x); a scalar or an array of the statistics' shape.
 
     Returns:
         `Gains` of the statistics' shape. Input without variance has nothing to keep: forward gain 1.
+
+    Raises:
+        ValueError: a moment is missing.
 
     >>> from anact_jax.gaussian import gaussian_stats
     >>> import jax
     >>> [round(float(gain), 4) for gain in gains(gaussian_stats(jax.nn.relu))]
     [0.5, 0.5]
     """
-    second_moment = stats.var_out + (stats.mean_out - shift) ** 2
-    has_variance = stats.var_in > 0
-    ratio = second_moment / jnp.where(has_variance, stats.var_in, 1)
+    var_in, mean_out, var_out, slope_sq = _moments(
+        stats, ("var_in", "mean_out", "var_out", "slope_sq"), "gains take; measure them on a batch by activation_stats"
+    )
+    second_moment = var_out + (mean_out - shift) ** 2
+    has_variance = var_in > 0
+    ratio = second_moment / jnp.where(has_variance, var_in, 1)
     largest = jnp.finfo(ratio.dtype).max
-    return Gains(jnp.where(has_variance, jnp.minimum(ratio, largest), 1), stats.slope_sq)
+    return Gains(jnp.where(has_variance, jnp.minimum(ratio, largest), 1), slope_sq)
 
 
 def normalization(
-    stats: Stats, *, rule: Rule = "mean", center: bool = False, reference: Reference = "input"
+    stats: Stats, form: Form | str = DEFAULT, *, alpha: Float[Array, "*features"] | None = None
 ) -> Normalization:
     """Factor lambda and shift c of the normalized activation `lambda * (f(x) - c)`.
 
-    With rho, rho' the `gains` at shift c, and c = E[f] if `center` else 0:
+    With c = E[f] if `form.center` else 0, epsilon = `form.epsilon`, and the gains at shift c
+
+        rho = (E[(f - c)^2] + epsilon) / (Var[x] + epsilon),    rho' = E[f'^2] + epsilon:
 
     ============ ========================== =========================================
-    rule         lambda^2                   keeps
+    form.rule    lambda^2                   keeps
     ============ ========================== =========================================
     `mean`       (1/rho + 1/rho') / 2       the published rule (arXiv 2208.13315)
     `forward`    1/rho                      signals
@@ -75,45 +79,56 @@ def normalization(
     `exact`      1/rho'                     both: c is chosen so that rho = rho'
     ============ ========================== =========================================
 
-    `exact` takes `c = mu -+ sqrt(rho' Var[x] - Var[f])` with mu = E[f], on the side nearer 0, and so
-    ignores `center`. For Gaussian input the root is real (Gaussian Poincare inequality); where a
-    batch breaks it, c = mu. All rules but `mean` are this project's additions, `reference="unit"` too.
+    With `form.reference="unit"` lambda^2 is divided by `Var[x] + epsilon`, which gives the output the variance that it
+    would have for standardized input; `forward` then is `1 / (E[(f - c)^2] + epsilon)`, as in BatchNorm.
+
+    `exact` takes `c = mu -+ sqrt(rho' Var[x] - Var[f])` with mu = E[f], on the side nearer 0, and so ignores `center`.
+    For Gaussian input the root is real (Gaussian Poincare inequality); where a batch breaks it, c = mu. All rules but
+    `mean` are this project's additions, `reference="unit"` and epsilon too.
 
     Args:
-        stats: from `activation_stats`, `gaussian_stats` or `update_stats`.
-        rule: one of `RULES`.
-        center: subtract E[f].
-        reference: `"input"` keeps the input's variance, whatever it is; `"unit"` also divides the
-            factor by sqrt(Var[x]), which gives the output the variance that it would have for
-            standardized input.
+        stats: from `activation_stats`, `gaussian_stats` or `update_stats`, with at least `form.moments`.
+        form: a `Form` or its text; see `Form.parse`.
+        alpha: the parameter of a learned form, which adds `0.3 tanh(alpha)` to lambda; by default 0, where it starts.
 
     Returns:
-        `Normalization` of the statistics' shape, finite for finite statistics. A gain of 0 cannot
-        be mended by a factor, so the other one decides alone; with both 0 the factor is 1.
+        `Normalization` of the statistics' shape, finite for finite statistics. No factor fixes a gain of 0: only the
+        other gain is used, and with both 0 the factor is 1.
 
     Raises:
-        ValueError: unknown `rule` or `reference`.
+        ValueError: a moment that the form uses is missing, the form is unknown, or alpha is given for a form that has
+            none.
 
     >>> from anact_jax.gaussian import gaussian_stats
     >>> import jax
-    >>> factor, shift = normalization(gaussian_stats(jax.nn.relu))  # He's gain, sqrt(2)
+    >>> factor, shift = normalization(gaussian_stats(jax.nn.relu), "published")  # He's gain, sqrt(2)
     >>> round(float(factor), 4), float(shift)
     (1.4142, 0.0)
     """
-    check_options(rule, reference)
-    mu, zero = stats.mean_out, jnp.zeros_like(stats.mean_out)
-    if rule == "exact":
-        target = stats.slope_sq * stats.var_in
+    form = Form.parse(form)
+    if alpha is not None and not form.learned:
+        raise ValueError(f"alpha belongs to a learned form, and {form} is none: form.replace(learned=True)")
+    present = dict(zip(form.moments, _moments(stats, form.moments, f"form {form} uses"), strict=True))
+    mu, var_out = present["mean_out"], present["var_out"]
+    # What a form does not use takes no part in its lambda, or cancels: 1.
+    var_in, slope_sq = (present.get(name, jnp.ones_like(mu)) for name in ("var_in", "slope_sq"))
+    epsilon = {name: form.epsilon if name in present else 0.0 for name in ("var_in", "slope_sq")}
+
+    if form.rule == "exact":
+        target = slope_sq * var_in
         # Below 1e-6 of its terms the difference is rounding, whose root would be noise.
-        root = _safe_sqrt(target - stats.var_out, above=1e-6 * target)
+        root = _safe_sqrt(target - var_out, above=1e-6 * target)
         shift = jnp.where(mu < 0, mu + root, mu - root)
     else:
-        shift = mu if center else zero
-    rho, slope = gains(stats, shift=shift)
+        shift = mu if form.center else jnp.zeros_like(mu)
 
-    forward = jnp.where(rho > 0, rho, jnp.where(slope > 0, slope, 1))
-    backward = jnp.where(slope > 0, slope, forward)
-    match rule:
+    square, varies, sloped = var_out + (mu - shift) ** 2, var_in > 0, slope_sq > 0
+    input_square = jnp.where(varies, var_in + epsilon["var_in"], 1)
+    backward = jnp.where(sloped, slope_sq + epsilon["slope_sq"], 1)
+    forward = jnp.where(varies, (square + form.epsilon) / input_square, 1)
+    forward = jnp.where(square > 0, forward, backward)
+    backward = jnp.where(sloped, backward, forward)
+    match form.rule:
         case "mean":
             squared = (1 / forward + 1 / backward) / 2
         case "forward":
@@ -124,14 +139,16 @@ def normalization(
             squared = 1 / (jnp.sqrt(forward) * jnp.sqrt(backward))
         case "harmonic":
             squared = 2 / (forward + backward)
-    factor = _safe_sqrt(squared)
-    if reference == "unit":
-        factor = factor / jnp.where(stats.var_in > 0, _safe_sqrt(stats.var_in), 1)
+    factor = jnp.sqrt(squared)
+    if form.reference == "unit":
+        factor = factor / jnp.sqrt(input_square)
+    if alpha is not None:
+        factor = factor + correction(alpha.astype(factor.dtype))
     return Normalization(factor, shift)
 
 
 def correction(alpha: Float[Array, "*features"]) -> Float[Array, "*features"]:
-    """The published learned correction of the factor, `0.3 * tanh(alpha)`, for `learnable=True`.
+    """What a learned form adds to the factor, `0.3 * tanh(alpha)`, as the public re-implementation of the paper does.
 
     >>> float(correction(jnp.float32(0.0)))
     0.0
@@ -139,15 +156,15 @@ def correction(alpha: Float[Array, "*features"]) -> Float[Array, "*features"]:
     return 0.3 * jnp.tanh(alpha)
 
 
-def check_options(rule: str, reference: str) -> None:
-    """Raises ValueError unless both are known names."""
-    if rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}; expected one of {', '.join(RULES)}")
-    if reference not in REFERENCES:
-        raise ValueError(f"unknown reference {reference!r}; expected one of {', '.join(REFERENCES)}")
+def _moments(stats: Stats, names: tuple[str, ...], why: str) -> list[Array]:
+    """These moments; ValueError where one is missing."""
+    missing = [name for name in names if getattr(stats, name) is None]
+    if missing:
+        raise ValueError(f"the statistics have no {', '.join(missing)}, which {why}")
+    return [getattr(stats, name) for name in names]
 
 
-def _safe_sqrt(value: Array, above: Array | float = 0.0) -> Array:
+def _safe_sqrt(value: Array, above: Array) -> Array:
     """Square root of what exceeds `above`, else 0 with gradient 0."""
     positive = value > above
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, value, 1)), 0)

@@ -1,12 +1,16 @@
 """Statistics of an activation under a normal input: the reference before any batch was seen."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from numpy.polynomial.legendre import leggauss
 
-from anact_jax.activations import Activation
-from anact_jax.statistics import Stats, check_elementwise, value_and_slope, wide_dtype
+from anact_jax.elementwise import Activation, traced, value_and_slope, while_tracing, wide_dtype
+from anact_jax.statistics import Stats
 
 _REACH = 10.0  # standard deviations covered on each side; beyond lies 2e-23 of the mass
 _PANELS = 128
@@ -25,10 +29,12 @@ def gaussian_stats(
 ) -> Stats:
     """Moments of x, f(x) and f'(x) for x ~ N(mean, std^2), by quadrature.
 
-    Gauss-Legendre panels weighted with the normal density, cut at x = 0, where most activations
-    have their kink. That is exact to rounding for functions smooth on either side of 0 (a
-    Gauss-Hermite rule of 100 nodes misses ReLU's mean by 1e-2), and good to 2e-3 for a jump of
-    height 1 in f' anywhere else.
+    Gauss-Legendre panels weighted with the normal density, cut at x = 0, where most activations have their kink. That
+    is exact to rounding for functions smooth on either side of 0 (a Gauss-Hermite rule of 100 nodes misses ReLU's mean
+    by 1e-2), and good to 2e-3 for a jump of height 1 in f' anywhere else.
+
+    Where f, mean and std are known while tracing, the result is a constant, whatever mesh is set. Where f closes over
+    traced values (a learned slope), it is part of the graph, and differentiable in them.
 
     Args:
         f: any elementwise JAX function.
@@ -36,13 +42,13 @@ def gaussian_stats(
         std: standard deviation of the input, >= 0, broadcastable with `mean`.
 
     Returns:
-        `Stats` of the broadcast shape of `mean` and `std`, with `count` 0. With `std` 0 all the mass
-        sits at `mean` and both variances are 0.
+        `Stats` of the broadcast shape of `mean` and `std`, with `count` 0. With `std` 0 all the mass sits at `mean` and
+        both variances are 0.
 
     Raises:
-        ValueError: `std` is a negative number, `mean` or `std` is not finite, or
-            f changes the shape.
-        TypeError: f(x) is not real floating point.
+        ValueError: `std` is a negative number, `mean` or `std` is not finite, or f changes the shape or takes arrays
+            of one shape only.
+        TypeError: f(x) is not real floating point, or f has no forward-mode derivative.
 
     >>> import jax
     >>> stats = gaussian_stats(jax.nn.relu)
@@ -54,6 +60,30 @@ def gaussian_stats(
             raise ValueError(f"{name} must be finite, got {value}")
     if isinstance(std, int | float | np.ndarray) and np.any(np.asarray(std) < 0):
         raise ValueError(f"std must be >= 0, got {std}")
+
+    if isinstance(mean, int | float) and isinstance(std, int | float):
+        return Stats(*map(jnp.asarray, while_tracing(_stats, f, float(mean), float(std))))
+    return _stats(f, mean, std)
+
+
+def _stats(f: Activation, mean: Any, std: Any) -> Stats:
+    x, y, slope, expectation = under_normal(f, mean, std)
+    mean_out = expectation(y)
+    center, spread = jnp.broadcast_arrays(*(jnp.asarray(value, x.dtype) for value in (mean, std)))
+    return Stats(
+        count=jnp.zeros_like(center),
+        mean_in=center,
+        var_in=spread**2,
+        mean_out=mean_out,
+        var_out=expectation((y - mean_out[..., None]) ** 2),
+        slope_sq=expectation(slope**2),
+    )
+
+
+def under_normal(
+    f: Activation, mean: Any = 0.0, std: Any = 1.0
+) -> tuple[Array, Array, Array, Callable[[Array], Array]]:
+    """x, f(x) and f'(x) at the nodes of the quadrature, on a last axis, and the expectation over that axis."""
     dtype = wide_dtype(jnp.result_type(float))
     mean, std = (jnp.asarray(value, dtype)[..., None] for value in jnp.broadcast_arrays(mean, std))
     unit, unit_weight = (jnp.asarray(values, dtype) for values in _half_line())
@@ -66,15 +96,7 @@ def gaussian_stats(
     density = jnp.exp(-(z**2) / 2)
     weight = density * jnp.concatenate([below * unit_weight, above * unit_weight], axis=-1)
     weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
-
     x = mean + std * z
-    check_elementwise(f, x)
-    y, slope = value_and_slope(f, x)
-
-    def expectation(values: Array) -> Array:
-        return jnp.sum(weight * values, axis=-1)
-
-    mean_out = expectation(y)
-    var_out = expectation((y - mean_out[..., None]) ** 2)
-    mean, std = mean[..., 0], std[..., 0]
-    return Stats(jnp.zeros_like(mean), mean, std**2, mean_out, var_out, expectation(slope**2))
+    g, constants = traced(f, x)
+    y, slope = value_and_slope(functools.partial(g, constants), x)
+    return x, y, slope, lambda values: jnp.sum(weight * values, axis=-1)

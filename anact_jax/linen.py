@@ -1,51 +1,45 @@
-"""Flax Linen modules: read state, call the pure functions, write state."""
+"""Flax Linen modules: read state, call `anact_jax.anact`, write state."""
 
 import dataclasses
-import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from anact_jax.activations import Activation
-from anact_jax.factors import Reference, Rule, correction
-from anact_jax.gaussian import gaussian_stats
-from anact_jax.normalize import DEFAULT, anact, check_layer
+from anact_jax import activations
+from anact_jax.activations import tempered
+from anact_jax.elementwise import Activation
+from anact_jax.form import DEFAULT, Form
+from anact_jax.running import check_momentum
 from anact_jax.statistics import Stats, canonical_axes
-from anact_jax.tempering import tempered
+from anact_jax.step import anact, check_activation, initial_stats
 
 
 class ANAct(nn.Module):
     """An activation normalized by the statistics of its batch, threaded like `nn.BatchNorm`.
 
-    `y = lambda * (f(x) - c)`; see `anact_jax.normalization` for lambda and c. In training they come
-    from the batch, and running averages are kept in the collection `batch_stats`; in inference they
-    come from those averages. Before the first training batch the averages are those of `fn` under
-    a standard normal input.
+    `y = lambda * (f(x) - c)`; see `anact_jax.normalization` for lambda and c. In training they come from the batch, and
+    running averages are kept in the collection `batch_stats`; in inference they come from those averages. Before the
+    first training batch the averages are those of `fn` under a standard normal input.
 
-    Initialize the weights before it with variance 1 / fan-in (LeCun, Flax's default): the activation
-    supplies the gain that He's initialization would.
+    Initialize the weights before it with variance 1 / fan-in (LeCun, Flax's default). Do not use He initialization: the
+    layer already applies the gain it compensates for.
 
     Attributes:
-        fn: any elementwise JAX function. Pass a named function, not a fresh lambda at each call,
-            so that equal modules compile once.
-        rule, center, reference: see `anact_jax.normalization`.
-        nonlinearity: normalize `anact_jax.tempered(fn, nonlinearity)`, fn with as much of the identity added as
-            keeps near examples together in deep networks; None leaves fn as it is.
-        momentum: `new = momentum * old + (1 - momentum) * batch`; see `anact_jax.update_stats`.
-        feature_axes: axes that keep statistics of their own: `-1` one set a channel, `()` one for the layer.
+        fn: any elementwise JAX function, or a Linen module that is one, such as `nn.PReLU()`. A function that closes over
+            a parameter is differentiated in it, through the statistics as well.
+        form: a `Form` or its text: `"default"`, `"published"`, or options as in `"forward+center+unit+diff+feature"`.
+        momentum: `new = momentum * old + (1 - momentum) * batch`; see `anact_jax.update_stats`. It may be traced.
         use_running_average: inference (True) or training (False), here or in the call.
-        update: take the batch into the running averages; by default in training only. With
-            `use_running_average=True` it measures without using, with False it uses without keeping.
-        axis_name: mapped axis (`pmap`, `shard_map`) over which statistics are shared. Not needed
-            under `jit`, nor in `init` or inference.
+        update: take the batch into the running averages; by default in training only. With `use_running_average=True`
+            it measures without using, with False it uses without keeping.
+        axis_name: mapped axis (`pmap`, `shard_map`) over which statistics are shared. Not needed under `jit`, nor in
+            `init` or inference.
         axis_index_groups: indices along `axis_name` that share statistics; see `anact_jax.activation_stats`.
-        stop_gradient: treat factor and shift as constants under differentiation.
-        learnable: add the published bounded correction `0.3 * tanh(alpha)` to the factor, with the
-            parameter alpha starting at 0.
+        dtype: of the output; by default the input's. Statistics are float32 or wider in any case.
         collection: name of the collection that holds the state.
 
     >>> import jax, jax.numpy as jnp, flax.linen as nn
@@ -66,24 +60,21 @@ class ANAct(nn.Module):
     (8, 1)
     """
 
-    fn: Activation = jax.nn.swish
+    fn: Activation = activations.swish
     _: dataclasses.KW_ONLY
-    rule: Rule = DEFAULT.rule
-    center: bool = DEFAULT.center
-    reference: Reference = DEFAULT.reference
-    nonlinearity: float | None = DEFAULT.nonlinearity
-    momentum: float = 0.9
-    feature_axes: int | Sequence[int] = DEFAULT.feature_axes
+    form: Form | str = DEFAULT
+    momentum: ArrayLike = 0.9
     use_running_average: bool | None = None
     update: bool | None = None
     axis_name: Hashable | Sequence[Hashable] | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
-    stop_gradient: bool = DEFAULT.stop_gradient
-    learnable: bool = False
+    dtype: DTypeLike | None = None
     collection: str = "batch_stats"
 
     def __post_init__(self) -> None:
-        check_layer(self.fn, self.rule, self.reference, self.momentum, self.nonlinearity)
+        check_activation(self.fn, type(self).__name__)
+        check_momentum(self.momentum)
+        object.__setattr__(self, "form", Form.parse(self.form))
         super().__post_init__()
 
     @nn.compact
@@ -94,7 +85,7 @@ class ANAct(nn.Module):
         *,
         mask: Shaped[Array, "..."] | None = None,
     ) -> Float[Array, "*shape"]:
-        """Normalized activation of x, in its shape and dtype.
+        """Normalized activation of x, in its shape.
 
         Args:
             x: floating-point input of any shape.
@@ -102,117 +93,166 @@ class ANAct(nn.Module):
             mask: broadcastable to x; elements where it is 0 or False are left out of the statistics.
 
         Raises:
-            ValueError: the mode is set nowhere or twice; the state is missing, or not mutable in training.
+            ValueError: the mode is set nowhere or twice; the state is missing, or not mutable in training, or has
+                another width.
         """
-        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        update = not use_running_average if self.update is None else self.update
-        features = tuple(x.shape[axis] for axis in canonical_axes(self.feature_axes, x.ndim))
+        form = Form.parse(self.form)
+        inference = self._mode(use_running_average)
+        update = not inference if self.update is None else self.update
+        features = tuple(x.shape[axis] for axis in canonical_axes(form.axes, x.ndim))
         if not self.is_initializing():
-            self._check_state(update)
-        state = self._variables(features)
-        alpha = self.param("alpha", nn.initializers.zeros, features) if self.learnable else None
+            self._check_state(("count", *form.moments), update)
+        f = self._function(x)
+        state = self._variables(f, form, features)
+        alpha = self.param("alpha", nn.initializers.zeros, features) if form.learned else None
 
         y, new = anact(
-            self.activation,
+            f,
             x,
-            Stats(*(jnp.asarray(variable.value) for variable in state)),
-            rule=self.rule,
-            center=self.center,
-            reference=self.reference,
+            Stats(**{name: variable.value for name, variable in state.items()}),
+            form,
             momentum=self.momentum,
-            feature_axes=self.feature_axes,
             # In init no batch is measured: no mapped axis is bound, and the state starts the same for any input.
-            use_running_average=use_running_average or self.is_initializing(),
+            use_running_average=inference or self.is_initializing(),
             update=update and not self.is_initializing(),
             mask=mask,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
-            stop_gradient=self.stop_gradient,
-            correction=0.0 if alpha is None else correction(alpha),
+            alpha=alpha,
+            dtype=self.dtype,
         )
         if update and not self.is_initializing():
-            for variable, value in zip(state, new, strict=True):
-                variable.value = value
+            for name, variable in state.items():
+                variable.value = getattr(new, name)
         return y
 
     @property
     def activation(self) -> Activation:
-        """What is normalized: `fn`, tempered where `nonlinearity` asks for it."""
-        return tempered(self.fn, self.nonlinearity)
+        """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
+        return tempered(self._function(), Form.parse(self.form).nonlinearity)
 
-    def _variables(self, features: tuple[int, ...]) -> list[nn.Variable[Any]]:
-        prior = functools.cache(lambda: gaussian_stats(self.activation))
+    @property
+    def _where(self) -> str:
+        """The layer, as errors name it."""
+        name = type(self).__name__
+        path = "/".join(self.path) if self.scope is not None else ""
+        return f"{name} {path!r}" if path else name
 
-        def initial(field: str) -> Array:
-            return jnp.broadcast_to(getattr(prior(), field), features)
+    def _function(self, x: Array | None = None) -> Activation:
+        """`fn`; of a Linen module, what it computes with its parameters."""
+        if not isinstance(self.fn, nn.Module):
+            return self.fn
+        if self.is_initializing() and x is not None:
+            self.fn(x)  # makes its parameters
+        fn, variables = self.fn.unbind()
+        return lambda x: fn.apply(variables, x)  # type: ignore[return-value]
 
-        return [self.variable(self.collection, field, initial, field) for field in Stats._fields]
+    def _mode(self, called_with: bool | None) -> bool:
+        mode = self.use_running_average
+        if mode is None and called_with is None:
+            raise ValueError(
+                f"{self._where} does not know whether this is training or inference: pass use_running_average=False or "
+                "True, to the constructor or to the call"
+            )
+        if mode is not None and called_with is not None:
+            raise ValueError(
+                f"{self._where} was given use_running_average twice, in the constructor and in the call; leave one out"
+            )
+        return bool(called_with if mode is None else mode)
 
-    def _check_state(self, update: bool) -> None:
-        where, name = "/".join(self.path) or type(self).__name__, self.collection
-        mutable = self.is_mutable_collection(name)
+    def _variables(self, f: Activation, form: Form, features: tuple[int, ...]) -> dict[str, nn.Variable[Any]]:
+        names = ("count", *form.moments)
+        missing = [name for name in names if not self.has_variable(self.collection, name)]
+        prior = initial_stats(f, form, features) if missing else None
+        state = {name: self.variable(self.collection, name, lambda name=name: getattr(prior, name)) for name in names}
+        shape = jnp.shape(state["count"].value)
+        if shape not in ((), features):
+            raise ValueError(
+                f"{self._where} has statistics of shape {shape}, but its input has {features} features (axes "
+                f"{form.axes}); a layer serves one width: give each place a layer of its own, or share one with "
+                "feature_axes=() in its form"
+            )
+        return state
+
+    def _check_state(self, names: Sequence[str], update: bool) -> None:
+        name, mutable = self.collection, self.is_mutable_collection(self.collection)
         if update and not mutable:
             raise ValueError(
-                f"{where} updates its running statistics, but collection {name!r} is not mutable in this apply. "
+                f"{self._where} updates its running statistics, but collection {name!r} is not mutable in this apply. "
                 f"In training: y, updates = model.apply(variables, x, ..., mutable=[{name!r}]), then carry "
                 f"updates[{name!r}] to the next step. In inference: use_running_average=True"
             )
-        if not mutable and not self.has_variable(name, Stats._fields[0]):
+        missing = [field for field in names if not self.has_variable(name, field)]
+        if len(missing) == len(names):
             raise ValueError(
-                f"{where} has no running statistics: collection {name!r} is missing from the variables given to apply. "
-                f"Pass {{'params': params, {name!r}: ...}} as model.init returned them and training updated them"
+                f"{self._where} has no running statistics: collection {name!r} is missing from the variables given to "
+                f"apply. Pass {{'params': params, {name!r}: ...}} as model.init returned them and training updated them"
+            )
+        if missing:
+            raise ValueError(
+                f"{self._where} has no {', '.join(missing)} in collection {name!r}, which form {self.form} uses; "
+                "anact_jax.restored(saved, fresh, start_anew=True) starts them anew"
             )
 
 
 class NReLU(ANAct):
     """`ANAct` of `jax.nn.relu`."""
 
-    fn: Activation = jax.nn.relu
+    fn: Activation = activations.relu
 
 
 class NLeakyReLU(ANAct):
     """`ANAct` of `jax.nn.leaky_relu`."""
 
-    fn: Activation = jax.nn.leaky_relu
+    fn: Activation = activations.leaky_relu
 
 
 class NELU(ANAct):
     """`ANAct` of `jax.nn.elu`."""
 
-    fn: Activation = jax.nn.elu
+    fn: Activation = activations.elu
+
+
+class NSELU(ANAct):
+    """`ANAct` of `jax.nn.selu`."""
+
+    fn: Activation = activations.selu
 
 
 class NTanh(ANAct):
     """`ANAct` of `jax.numpy.tanh`."""
 
-    fn: Activation = jnp.tanh
+    fn: Activation = activations.tanh
 
 
 class NSigmoid(ANAct):
     """`ANAct` of `jax.nn.sigmoid`."""
 
-    fn: Activation = jax.nn.sigmoid
+    fn: Activation = activations.sigmoid
 
 
 class NSoftplus(ANAct):
     """`ANAct` of `jax.nn.softplus`."""
 
-    fn: Activation = jax.nn.softplus
+    fn: Activation = activations.softplus
 
 
 class NSwish(ANAct):
-    """`ANAct` of `jax.nn.swish`."""
+    """`ANAct` of `jax.nn.swish`, also named SiLU."""
 
-    fn: Activation = jax.nn.swish
+    fn: Activation = activations.swish
 
 
 class NGELU(ANAct):
     """`ANAct` of `jax.nn.gelu`."""
 
-    fn: Activation = jax.nn.gelu
+    fn: Activation = activations.gelu
 
 
 class NMish(ANAct):
     """`ANAct` of `jax.nn.mish`."""
 
-    fn: Activation = jax.nn.mish
+    fn: Activation = activations.mish
+
+
+NSiLU = NSwish

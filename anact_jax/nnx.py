@@ -1,45 +1,46 @@
-"""Flax NNX modules: read state, call the pure functions, write state."""
+"""Flax NNX modules: read state, call `anact_jax.anact`, write state."""
 
 import functools
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from anact_jax.activations import Activation
-from anact_jax.factors import Reference, Rule, correction
-from anact_jax.gaussian import gaussian_stats
-from anact_jax.normalize import DEFAULT, anact, check_layer
+from anact_jax import activations
+from anact_jax.activations import tempered
+from anact_jax.elementwise import Activation
+from anact_jax.form import DEFAULT, Form
+from anact_jax.running import check_momentum
 from anact_jax.statistics import Stats, canonical_axes
-from anact_jax.tempering import tempered
-
-
-class ActivationStat(nnx.BatchStat[Array]):
-    """A running statistic of an activation."""
+from anact_jax.step import anact, check_activation, initial_stats
 
 
 class ANAct(nnx.Module):
     """An activation normalized by the statistics of its batch, threaded like `nnx.BatchNorm`.
 
-    `y = lambda * (f(x) - c)`, the same numbers as `anact_jax.linen.ANAct` with the same options, whose
-    docstring describes them. Options that only NNX has:
+    `y = lambda * (f(x) - c)`, the same numbers as `anact_jax.linen.ANAct` with the same options, whose docstring
+    describes them. What only NNX has:
 
-    - `features`: the sizes of `feature_axes`, such as the width of the layer before. Without it the state is of shape
-      () until the first training batch, which then shapes it; name it where shapes must not change, as
-      under `nnx.scan`, to restore a checkpoint, or to save `jax.jit` a second trace.
+    - `fn` may be an NNX module, such as `nnx.PReLU()`: its parameters are part of this module's state.
+    - `features`: the sizes of the form's `feature_axes`, such as the width of the layer before. Without it the state is
+      of shape () until the first training batch, which then shapes it; name it where shapes must not change, as under
+      `nnx.scan`, to restore a checkpoint, or to save `jax.jit` a second trace.
     - `.train()` and `.eval()` of this module, or of one that holds it, set `use_running_average`; `frozen=True`
       withstands them: running statistics are used, and stay as they are, in either mode.
+    - `rngs` is accepted, as by `nnx.BatchNorm`, and not used.
 
-    The statistics are variables of type `ActivationStat`, a `nnx.BatchStat`, so that a training loop
-    written for `nnx.BatchNorm` splits and merges them with no change.
+    The statistics are variables of type `nnx.BatchStat`, so that a training loop written for `nnx.BatchNorm` splits and
+    merges them with no change, and `nnx.bridge.to_linen` puts them into `batch_stats`.
 
     >>> import jax
     >>> from flax import nnx
     >>> class Net(nnx.Module):
     ...     def __init__(self, rngs):
-    ...         self.hidden, self.act = nnx.Linear(4, 16, rngs=rngs), NSwish(features=16)
+    ...         self.hidden, self.act = nnx.Linear(4, 16, rngs=rngs), NSwish(16, rngs=rngs)
     ...         self.out = nnx.Linear(16, 1, rngs=rngs)
     ...     def __call__(self, x):
     ...         return self.out(self.act(self.hidden(x)))
@@ -54,48 +55,36 @@ class ANAct(nnx.Module):
 
     def __init__(
         self,
-        fn: Activation = jax.nn.swish,
-        *,
+        fn: Activation = activations.swish,
         features: int | Sequence[int] | None = None,
-        rule: Rule = DEFAULT.rule,
-        center: bool = DEFAULT.center,
-        reference: Reference = DEFAULT.reference,
-        nonlinearity: float | None = DEFAULT.nonlinearity,
-        momentum: float = 0.9,
-        feature_axes: int | Sequence[int] = DEFAULT.feature_axes,
+        *,
+        form: Form | str = DEFAULT,
+        momentum: ArrayLike = 0.9,
         use_running_average: bool | None = None,
         update: bool | None = None,
         frozen: bool = False,
         axis_name: Hashable | Sequence[Hashable] | None = None,
         axis_index_groups: Sequence[Sequence[int]] | None = None,
-        stop_gradient: bool = DEFAULT.stop_gradient,
-        learnable: bool = False,
+        dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> None:
-        check_layer(fn, rule, reference, momentum, nonlinearity)
-        axes = (feature_axes,) if isinstance(feature_axes, int) else tuple(feature_axes)
-        sizes = (features,) if isinstance(features, int) else tuple(features or ())
-        if len(axes) != len(sizes) and (features is not None or learnable):
-            raise ValueError(
-                f"features must give the size of each of feature_axes {axes}, as in feature_axes=-1, features=64, "
-                f"where it is given or learnable=True; got {features}"
-            )
+        del rngs
+        check_activation(fn, type(self).__name__)
+        check_momentum(momentum)
+        self.form = Form.parse(form)
+        sizes = self._sizes(features)
         self.fn = fn
-        self.rule: Rule = rule
-        self.center = center
-        self.reference: Reference = reference
-        self.nonlinearity = nonlinearity
         self.momentum = momentum
-        self.feature_axes = axes
         self.use_running_average = use_running_average
         self.update = update
         self.frozen = frozen
-        self.axis_name = axis_name
+        self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
         self.axis_index_groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))  # no state
-        self.stop_gradient = stop_gradient
-        prior = gaussian_stats(self.activation)
-        for field, value in zip(Stats._fields, prior, strict=True):
-            setattr(self, field, ActivationStat(jnp.broadcast_to(value, sizes)))
-        self.alpha = nnx.Param(jnp.zeros(sizes)) if learnable else None
+        self.dtype = dtype
+        prior = initial_stats(fn, self.form, sizes)
+        for name in ("count", *self.form.moments):
+            setattr(self, name, nnx.BatchStat(getattr(prior, name)))
+        self.alpha = nnx.Param(jnp.zeros(sizes)) if self.form.learned else None
 
     def __call__(
         self,
@@ -104,7 +93,7 @@ class ANAct(nnx.Module):
         *,
         mask: Shaped[Array, "..."] | None = None,
     ) -> Float[Array, "*shape"]:
-        """Normalized activation of x, in its shape and dtype.
+        """Normalized activation of x, in its shape.
 
         Args:
             x: floating-point input of any shape.
@@ -112,7 +101,7 @@ class ANAct(nnx.Module):
             mask: broadcastable to x; elements where it is 0 or False are left out of the statistics.
 
         Raises:
-            ValueError: the mode is set nowhere.
+            ValueError: the mode is set nowhere, or the state has another width.
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
@@ -120,35 +109,35 @@ class ANAct(nnx.Module):
             use_running_average = True
         if use_running_average is None:
             raise ValueError(
-                "ANAct does not know whether this is training or inference: call model.train() or model.eval(), or "
-                "pass use_running_average=False or True to the call or the constructor"
+                f"{type(self).__name__} does not know whether this is training or inference: call model.train() or "
+                "model.eval(), or pass use_running_average=False or True to the call or the constructor"
             )
         update = not self.frozen and (not use_running_average if self.update is None else self.update)
-        variables = [getattr(self, field) for field in Stats._fields]
-        running = Stats(*(jnp.asarray(variable[...]) for variable in variables))
-        if not running.count.shape:  # not shaped by a batch yet
-            sizes = tuple(x.shape[axis] for axis in canonical_axes(self.feature_axes, x.ndim))
-            running = Stats(*(jnp.broadcast_to(value, sizes) for value in running))
+        features = tuple(x.shape[axis] for axis in canonical_axes(self.form.axes, x.ndim))
+        if self.count.shape not in ((), features):
+            raise ValueError(
+                f"{type(self).__name__} has statistics of shape {self.count.shape}, but its input has {features} "
+                f"features (axes {self.form.axes}); a layer serves one width: give each place a layer of its own, or "
+                "share one with feature_axes=() in its form"
+            )
+        variables = {name: getattr(self, name) for name in ("count", *self.form.moments)}
         y, new = anact(
-            self.activation,
+            self.fn,
             x,
-            running,
-            rule=self.rule,
-            center=self.center,
-            reference=self.reference,
+            Stats(**{name: variable[...] for name, variable in variables.items()}),
+            self.form,
             momentum=self.momentum,
-            feature_axes=self.feature_axes,
             use_running_average=use_running_average,
             update=update,
             mask=mask,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
-            stop_gradient=self.stop_gradient,
-            correction=0.0 if self.alpha is None else correction(self.alpha[...]),
+            alpha=None if self.alpha is None else self.alpha[...],
+            dtype=self.dtype,
         )
         if update:
-            for variable, value in zip(variables, new, strict=True):
-                variable.set_value(value)
+            for name, variable in variables.items():
+                variable.set_value(getattr(new, name))
         return y
 
     def set_view(self, use_running_average: bool | None = None) -> None:
@@ -162,59 +151,87 @@ class ANAct(nnx.Module):
 
     @property
     def activation(self) -> Activation:
-        """What is normalized: `fn`, tempered where `nonlinearity` asks for it."""
-        return tempered(self.fn, self.nonlinearity)
+        """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
+        return tempered(self.fn, self.form.nonlinearity)
+
+    def _sizes(self, features: Any) -> tuple[int, ...]:
+        name, axes = type(self).__name__, self.form.axes
+        if isinstance(features, jax.Array) and features.ndim:
+            raise TypeError(
+                f"{name} is a layer: {name}(...)(x); it takes the number of features, got an array of shape "
+                f"{features.shape} and dtype {features.dtype}"
+            )
+        if features is None:
+            if self.form.learned:
+                raise ValueError(f"a learned form needs features, the sizes of feature_axes {axes}, as in features=64")
+            return ()
+        sizes = tuple(features) if isinstance(features, Sequence) else (int(features),)
+        if len(sizes) != len(axes):
+            raise ValueError(
+                f"features must give the size of each of feature_axes {axes}, as in features=64 for feature_axes -1; "
+                f"got {features}"
+            )
+        return sizes
 
 
 class NReLU(ANAct):
     """`ANAct` of `jax.nn.relu`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.relu)
+    __init__ = functools.partialmethod(ANAct.__init__, activations.relu)
 
 
 class NLeakyReLU(ANAct):
     """`ANAct` of `jax.nn.leaky_relu`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.leaky_relu)
+    __init__ = functools.partialmethod(ANAct.__init__, activations.leaky_relu)
 
 
 class NELU(ANAct):
     """`ANAct` of `jax.nn.elu`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.elu)
+    __init__ = functools.partialmethod(ANAct.__init__, activations.elu)
+
+
+class NSELU(ANAct):
+    """`ANAct` of `jax.nn.selu`."""
+
+    __init__ = functools.partialmethod(ANAct.__init__, activations.selu)
 
 
 class NTanh(ANAct):
     """`ANAct` of `jax.numpy.tanh`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, jnp.tanh)
+    __init__ = functools.partialmethod(ANAct.__init__, activations.tanh)
 
 
 class NSigmoid(ANAct):
     """`ANAct` of `jax.nn.sigmoid`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.sigmoid)
+    __init__ = functools.partialmethod(ANAct.__init__, activations.sigmoid)
 
 
 class NSoftplus(ANAct):
     """`ANAct` of `jax.nn.softplus`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.softplus)
+    __init__ = functools.partialmethod(ANAct.__init__, activations.softplus)
 
 
 class NSwish(ANAct):
-    """`ANAct` of `jax.nn.swish`."""
+    """`ANAct` of `jax.nn.swish`, also named SiLU."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.swish)
+    __init__ = functools.partialmethod(ANAct.__init__, activations.swish)
 
 
 class NGELU(ANAct):
     """`ANAct` of `jax.nn.gelu`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.gelu)
+    __init__ = functools.partialmethod(ANAct.__init__, activations.gelu)
 
 
 class NMish(ANAct):
     """`ANAct` of `jax.nn.mish`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.mish)
+    __init__ = functools.partialmethod(ANAct.__init__, activations.mish)
+
+
+NSiLU = NSwish

@@ -1,32 +1,36 @@
-"""Statistics over time."""
+"""Moments over time."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
-from anact_jax.statistics import Stats
+from anact_jax.statistics import MOMENTS, Stats, informative
 
 
-def update_stats(running: Stats, batch: Stats, *, momentum: float = 0.9) -> Stats:
+def update_stats(running: Stats, batch: Stats, *, momentum: ArrayLike = 0.9) -> Stats:
     """Takes a batch's statistics into the running ones.
 
-    `new = momentum * running + (1 - momentum) * batch`, as in `flax.linen.BatchNorm`, once
-    `1 / (1 - momentum)` batches were seen. Until then the plain average over the batches seen, so
-    that the first batch replaces the prior and nothing has to be debiased.
+    `new = momentum * running + (1 - momentum) * batch`, as in `flax.linen.BatchNorm`, once `1 / (1 - momentum)` batches
+    were seen. Until then the plain average over the batches seen, so that the first batch replaces the prior and
+    nothing has to be debiased.
 
     Args:
         running: running statistics; `count` is the number of batches taken in so far.
-        batch: from `activation_stats`, of the same shape.
-        momentum: weight of the past, in [0, 1]; 0 keeps the last batch only, 1 the average of all.
+        batch: from `activation_stats`, of the same shape and with the same moments.
+        momentum: weight of the past, in [0, 1]; 0 keeps the last batch only, 1 the average of all. It may be traced.
 
     Returns:
-        `Stats` in the dtypes of `running`. A batch that tells nothing (see `informative`) leaves
-        `running` as it was, feature by feature.
+        `Stats` in the dtypes of `running`; running statistics in half precision are widened before they are used. A
+        degenerate batch (see `anact_jax.informative`) leaves `running` as it was, feature by feature.
 
     Raises:
         ValueError: momentum outside [0, 1].
 
     >>> from anact_jax import activation_stats, gaussian_stats
-    >>> import jax
     >>> prior = gaussian_stats(jax.nn.relu)
     >>> batch = activation_stats(jax.nn.relu, jnp.array([-1.0, 3.0]))
     >>> new = update_stats(prior, batch)
@@ -34,30 +38,69 @@ def update_stats(running: Stats, batch: Stats, *, momentum: float = 0.9) -> Stat
     (1.0, 1.0)
     """
     check_momentum(momentum)
-    seen = running.count + 1
-    weight = jnp.maximum(1 - momentum, 1 / seen)
-    taken_in = informative(batch)
+    return moved(running, batch, informative(batch), momentum)
 
-    def step(old: Array, new: Array) -> Array:
+
+def moved(running: Stats, batch: Stats, taken_in: Bool[Array, "*features"], momentum: ArrayLike) -> Stats:
+    """`update_stats`, of the features that are to be taken in."""
+    seen = running.count.astype(batch.count.dtype) + 1
+    weight = jnp.maximum(1 - jnp.asarray(momentum, seen.dtype), 1 / seen)
+
+    def step(old: Array | None, new: Array | None) -> Array | None:
+        if old is None or new is None:
+            return None
+        wide = old.astype(new.dtype)
         # old + weight * (new - old) returns `old` exactly for a repeated batch.
-        new = new.astype(old.dtype)
-        moved = jnp.where(running.count == 0, new, old + weight * (new - old))
-        return jnp.where(taken_in, moved, old)
+        both = jnp.where(seen == 1, new, wide + weight * (new - wide))
+        return jnp.where(taken_in, both.astype(old.dtype), old)
 
-    moments = (step(old, new) for old, new in zip(running[1:], batch[1:], strict=True))
-    return Stats(jnp.where(taken_in, seen, running.count), *moments)
+    count = jnp.where(taken_in, seen.astype(running.count.dtype), running.count)
+    return Stats(count, *(step(old, new) for old, new in zip(running[1:], batch[1:], strict=True)))
 
 
-def informative(batch: Stats) -> Bool[Array, "*features"]:
-    """Where a batch tells something about gains.
+def restored(saved: Mapping[str, Any], fresh: Mapping[str, Any], *, start_anew: bool = False) -> dict[str, Any]:
+    """Saved statistics of a model, with the moments that its layers use today.
 
-    False where it is empty, not finite, or without variance in x or f(x) (constant input, a dead ReLU).
+    A layer whose form changed since may use fewer moments than were saved, or more.
+
+    Args:
+        saved: nested dictionaries, such as `variables["batch_stats"]` of a Linen model or
+            `nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))` of an NNX one, as they were saved.
+        fresh: the same of a model that was just made, whose structure is returned.
+        start_anew: take what is missing from `fresh`. A layer that misses a moment then counts its batches from 0, so
+            that its first batch replaces all of them.
+
+    Raises:
+        ValueError: a moment or layer is missing and `start_anew` is not set.
+
+    >>> fresh = {"act": {"count": 0.0, "mean_out": 0.2, "var_out": 0.4}}
+    >>> restored({"act": {"count": 9.0, "mean_out": 0.3, "var_out": 0.5, "slope_sq": 0.6}}, fresh)
+    {'act': {'count': 9.0, 'mean_out': 0.3, 'var_out': 0.5}}
+    >>> restored({"act": {"count": 9.0, "mean_out": 0.3}}, fresh, start_anew=True)
+    {'act': {'count': 0.0, 'mean_out': 0.3, 'var_out': 0.4}}
     """
-    finite = jnp.all(jnp.isfinite(jnp.stack(batch)), axis=0)
-    return finite & (batch.count > 0) & (batch.var_in > 0) & (batch.var_out > 0)
+
+    def visit(saved: Mapping[str, Any], fresh: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+        missing = [name for name in fresh if name not in saved]
+        if missing and not start_anew:
+            raise ValueError(
+                f"the saved statistics have no {', '.join('/'.join((*path, str(name))) for name in missing)}, which the "
+                "model's form uses; start_anew=True starts them anew, or make the layer with the form it was saved with"
+            )
+        found = {
+            name: visit(saved.get(name, {}), value, (*path, str(name)))
+            if isinstance(value, Mapping)
+            else saved.get(name, value)
+            for name, value in fresh.items()
+        }
+        if "count" in fresh and set(missing) & set(MOMENTS):
+            found["count"] = fresh["count"]
+        return found
+
+    return visit(saved, fresh, ())
 
 
-def check_momentum(momentum: float) -> None:
-    """Raises ValueError unless momentum is a weight."""
-    if not 0 <= momentum <= 1:
+def check_momentum(momentum: ArrayLike) -> None:
+    """Raises ValueError unless momentum is a weight, where it is known."""
+    if not isinstance(momentum, jax.core.Tracer) and not 0 <= float(momentum) <= 1:  # type: ignore[arg-type]
         raise ValueError(f"momentum is the weight of the past and must lie in [0, 1], got {momentum}")

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from anact_jax.activations import Activation
+from anact_jax.elementwise import Activation, wide_dtype
 from anact_jax.factors import Normalization
 from anact_jax.gaussian import gaussian_stats
-from anact_jax.statistics import Stats, wide_dtype
+from anact_jax.statistics import Stats
 
 Scalar: TypeAlias = Float[Array, ""] | float
 ByExample: TypeAlias = Float[Array, " examples"] | Scalar
@@ -149,7 +149,7 @@ def propagate(layers: Sequence[Element], *, input_sq: ByExample = 1.0, gradient_
     [2.0, 2.0]
     >>> import functools
     >>> from anact_jax import normalization
-    >>> exact = functools.partial(normalization, rule="exact")
+    >>> exact = functools.partial(normalization, form="exact")
     >>> lecun = Layer(jax.nn.swish, fan_in=500, fan_out=500, weight_var=1 / 500, normalization=exact)
     >>> [round(float(variance), 3) for variance in propagate([lecun] * 30).weight_gradient[::10]]
     [1.0, 1.0, 1.0]

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 
 from anact_jax import RULES
-from anact_jax.tempering import check_nonlinearity
+from anact_jax.form import check_nonlinearity
 from experiments.cells import Outcome, Results
 from experiments.cli import table_head, table_row
 from experiments.models import BOUNDS, TEMPERINGS, TRACKINGS, ActivationName, check_name

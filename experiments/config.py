@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from anact_jax import ACTIVATIONS, REFERENCES, RULES
-from anact_jax.linen import ANAct
+from anact_jax import ACTIVATIONS, DEFAULT, REFERENCES, RULES, Form
 from experiments.data import DATASETS, Augmentation, Dataset, load, with_subset
 from experiments.models import BOUNDS, INITS, MODELS, NORMS, STEMS, TEMPERINGS, TRACKINGS, check_name
 
@@ -133,17 +132,17 @@ class TrainConfig(Recipe):
         str,
         arg(help=f"{_one_of(*ACTIVATIONS)}; with n before it, as in nswish, normalized; with d, Deep Kernel Shaping"),
     ] = "nswish"
-    rule: Annotated[str, arg(help=f"how the normalization factor is chosen: {_one_of(*RULES)}")] = ANAct.rule
-    center: bool = ANAct.center
+    rule: Annotated[str, arg(help=f"how the normalization factor is chosen: {_one_of(*RULES)}")] = DEFAULT.rule
+    center: bool = DEFAULT.center
     """subtract the mean of f(x) before scaling"""
     reference: Annotated[
         str, arg(help=f"output variance is kept relative to that of the input, or to 1: {_one_of(*REFERENCES)}")
-    ] = ANAct.reference
-    nonlinearity: float | None = ANAct.nonlinearity
+    ] = DEFAULT.reference
+    nonlinearity: float | None = DEFAULT.nonlinearity
     """add as much of the identity to the activation as limits how far it bends, by default none"""
-    per_feature: bool = ANAct.feature_axes == -1
+    per_feature: bool = DEFAULT.axes == (-1,)
     """statistics of their own for each channel, instead of one set for the layer"""
-    stop_gradient: bool = ANAct.stop_gradient
+    stop_gradient: bool = DEFAULT.stop_gradient
     """treat factor and shift as constants under differentiation"""
     tracking: Annotated[
         str,
@@ -157,9 +156,9 @@ class TrainConfig(Recipe):
         str,
         arg(help=f"of the factor, {_one_of(*BOUNDS)}: step, from the running one; range, around that of normal input"),
     ] = "none"
-    learnable: bool = ANAct.learnable
+    learnable: bool = DEFAULT.learned
     """learn a bounded correction of each factor"""
-    activation_momentum: float = ANAct.momentum
+    activation_momentum: float = 0.9
     """weight of the past in the running statistics of activations, 0 to 1"""
     activation_scale: float = 1.0
     """multiplies every activation: what happens where the gain is not what the rule makes it"""
@@ -206,6 +205,19 @@ class TrainConfig(Recipe):
         if self.keep < 1:
             raise ValueError(f"keep must be at least 1, got {self.keep}")
         check_fraction("activation_momentum", self.activation_momentum)
+
+    @property
+    def form(self) -> Form:
+        """Of the normalized activations."""
+        return Form(
+            rule=self.rule,  # type: ignore[arg-type]  # a form checks its options
+            center=self.center,
+            reference=self.reference,  # type: ignore[arg-type]
+            nonlinearity=self.nonlinearity,
+            feature_axes=-1 if self.per_feature else (),
+            stop_gradient=self.stop_gradient,
+            learned=self.learnable,
+        )
 
     def to_json(self) -> str:
         """All settings, readable."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from anact_jax import PUBLISHED, Normalization, activation_stats
+from anact_jax import Form, Normalization, activation_stats
 from anact_jax.diagnostics import LayerGains, gains_of, linen_layers
 from anact_jax.export import constants
 from anact_jax.linen import ANAct
@@ -28,9 +28,9 @@ def layer_gains(
 
         def visit(module: ANAct | Plain, x: Array) -> None:
             numbers, fn = Normalization(jnp.ones(()), jnp.zeros(())), module.fn
-            feature_axes: int | Sequence[int] = ()
+            feature_axes: Sequence[int] = ()
             if isinstance(module, ANAct):
-                numbers, fn, feature_axes = constants(module), module.activation, module.feature_axes
+                numbers, fn, feature_axes = constants(module), module.activation, Form.parse(module.form).axes
             measured.append(
                 gains_of("/".join(module.path), activation_stats(fn, x, feature_axes=feature_axes), numbers)
             )
@@ -56,9 +56,9 @@ def worst_gains(layers: list[LayerGains]) -> str:
     return f"{worst.name} has forward gain {worst.forward:.3g} and backward gain {worst.backward:.3g}"
 
 
-def factor_range(variables: dict[str, Any], options: dict[str, Any]) -> tuple[Array, Array] | None:
+def factor_range(variables: dict[str, Any], form: Form) -> tuple[Array, Array] | None:
     """Smallest and largest factor in inference, learned corrections included; None without normalized activations."""
-    layers = linen_layers(variables, PUBLISHED._replace(**options))
+    layers = linen_layers(variables, form)
     if not layers:
         return None
     every = jnp.concatenate([numbers.factor.ravel() for _, numbers in layers.values()])

@@ -131,11 +131,11 @@ def study(name: str, config: Config, dataset: Dataset) -> Result:
     Raises:
         DivergenceError: a measured number is not finite.
     """
-    options: Any = {"rule": config.rule, "center": config.center, "reference": config.reference}
-    normalize = plain if name in ACTIVATIONS else functools.partial(normalization, **options)
+    form = PUBLISHED.replace(rule=config.rule, center=config.center, reference=config.reference)
+    normalize = plain if name in ACTIVATIONS else functools.partial(normalization, form=form)
     f = ACTIVATIONS.get(name) or ACTIVATIONS[name.removeprefix("n")]
     # Differentiated statistics would carry one example's loss to all others.
-    layers = make_layers(name, "none", **(PUBLISHED._asdict() | options))
+    layers = make_layers(name, "none", form=form)
     model = MLP(layers, dataset.classes, config.depth, config.width)
     optimizer = optax.sgd(1.0)  # the training state holds the learning rate
     create = functools.partial(create_state, model, optimizer, dataset.train.shape)

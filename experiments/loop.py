@@ -88,8 +88,7 @@ def train(
     per_epoch = steps_per_epoch(config, dataset)
     over_devices = NamedSharding(_mesh(), PartitionSpec("data"))
     position = start or Position(first_state(steps, config))
-    options: dict[str, Any] = {"rule": config.rule, "center": config.center, "reference": config.reference}
-    factors = jax.jit(lambda variables: factor_range(variables, options))
+    factors = jax.jit(lambda variables: factor_range(variables, config.form))
     batches = training_batches(
         dataset,
         config.batch_size,

@@ -70,8 +70,8 @@ class Config:
 
 
 def _settings_of(form: Form) -> dict[str, Any]:
-    options: dict[str, Any] = form._asdict()
-    return options | {"per_feature": options.pop("feature_axes") == -1}
+    options = {name: getattr(form, name) for name in ("rule", "center", "reference", "nonlinearity", "stop_gradient")}
+    return options | {"per_feature": form.axes == (-1,)}
 
 
 class Upset(NamedTuple):

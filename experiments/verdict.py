@@ -51,7 +51,7 @@ class Config:
             DEFAULT.reference,
             DEFAULT.stop_gradient,
             False,
-            DEFAULT.feature_axes == -1,
+            DEFAULT.axes == (-1,),
             DEFAULT.nonlinearity,
         )
     )

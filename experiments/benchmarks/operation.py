@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from anact_jax import PUBLISHED
-from anact_jax.linen import ANAct, NSwish
+from anact_jax import DEFAULT
+from anact_jax.linen import NSwish
 from experiments.models.layers import Plain
 
 PLAIN = "swish"
@@ -35,8 +35,8 @@ LAYERS: Mapping[str, nn.Module] = {
     "x^2 / 2 (reading and writing)": Plain(half_square),
     "BatchNorm, swish": Normalized(),
     "NSwish": NSwish(use_running_average=False),
-    "NSwish, constants": NSwish(use_running_average=False, stop_gradient=True),
-    "NSwish, published form": ANAct(jax.nn.swish, use_running_average=False, **PUBLISHED._asdict()),
+    "NSwish, constants": NSwish(form=DEFAULT.replace(stop_gradient=True), use_running_average=False),
+    "NSwish, published form": NSwish(form="published", use_running_average=False),
     "NSwish, statistics of the steps before": NSwish(use_running_average=True, update=True),
     "NSwish, inference": NSwish(use_running_average=True),
 }

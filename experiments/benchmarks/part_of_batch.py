@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 from jaxtyping import Array
 
-from anact_jax import activation_stats, normalization
+from anact_jax import Form, activation_stats, normalization
 from anact_jax.linen import ANAct
 from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
 from experiments.config import TrainConfig
@@ -85,9 +85,9 @@ def _factors(config: TrainConfig, steps: int) -> Iterator[dict[int, np.ndarray]]
 
         def visit(act: ANAct, x: Array) -> None:
             for part, factors in found.items():
-                stats = activation_stats(act.activation, x[: len(x) // part], feature_axes=act.feature_axes)
-                numbers = normalization(stats, rule=act.rule, center=act.center, reference=act.reference)
-                factors.append(jnp.ravel(numbers.factor))
+                form = Form.parse(act.form)
+                stats = activation_stats(act.activation, x[: len(x) // part], feature_axes=form.axes)
+                factors.append(jnp.ravel(normalization(stats, form).factor))
 
         with on_each(ANAct, visit):
             model.apply(state.variables, images, train=True, mutable=["batch_stats"])

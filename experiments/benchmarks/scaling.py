@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from anact_jax.statistics import FEW_SHARDS, Stats
+from anact_jax import DEFAULT
+from anact_jax.statistics import FEW_SHARDS
 from experiments.benchmarks import operation, training_step
 from experiments.benchmarks.measuring import random_images
 from experiments.cli import table_head, table_row
@@ -70,13 +71,13 @@ def main() -> int:
 
 def _messages(channels: list[int], devices: int) -> list[tuple[int, int]]:
     """Collectives a step and numbers in them, forward; gradients of differentiated statistics send as many back."""
-    fields, layers, total = len(Stats._fields), len(channels), sum(channels)
+    moments, layers, total = len(DEFAULT.moments), len(channels), sum(channels)
     if devices == 1:
         return [(0, 0)] * 3
     few = devices <= FEW_SHARDS
     return [
-        (layers if few else 2 * layers, total * (fields * devices if few else 8)),
-        (1, fields * total),
+        (layers if few else 2 * layers, (total * moments + layers) * devices if few else total * (moments + 2) + layers),
+        (1, (moments + 1) * total),
         (layers, 2 * total),
     ]
 
@@ -88,8 +89,8 @@ def _resnet50() -> tuple[list[int], int]:
     model = make_network(config, random_images(network.image, 1, network.classes))
     images = jnp.zeros((1, *network.image))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-    fields = jax.tree.leaves(variables["batch_stats"])  # of each layer as many as there are in `Stats`
-    channels = [field.size for field in fields[:: len(Stats._fields)]]
+    fields = jax.tree.leaves(variables["batch_stats"])  # of each layer its count and its moments
+    channels = [field.size for field in fields[:: 1 + len(DEFAULT.moments)]]
     return channels, sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from anact_jax import DEFAULT, Activation, Stats, activation_stats, gaussian_stats, informative, normalization
+from anact_jax import DEFAULT, Activation, Form, Stats, activation_stats, gaussian_stats, informative, normalization
 from anact_jax.export import running_stats
 from anact_jax.linen import ANAct
 from experiments.models.names import check_name
@@ -31,8 +31,7 @@ def normalized(
     tracking: str = "batch",
     tempering: str = "leak",
     bounds: str = "none",
-    nonlinearity: float | None = DEFAULT.nonlinearity,
-    learnable: bool = False,
+    form: Form = DEFAULT,
     **options: Any,
 ) -> Callable[[bool], nn.Module]:
     """Maker of an activation for training or inference, as the library normalizes it or in a way studied beside that.
@@ -45,8 +44,7 @@ def normalized(
             its input, by what a standard normal one would need; or that scale `"measured"` as training goes on.
         bounds: of the factor: `"none"`; a `"step"` away from that of the running statistics, within `STEP`; the
             `"range"` around that of a standard normal input, within `RANGE`.
-        nonlinearity: the limit, or None; see `anact_jax.nonlinearity`.
-        learnable: see `ANAct`.
+        form: of the normalized activation.
         **options: of `ANAct`.
 
     Raises:
@@ -55,31 +53,31 @@ def normalized(
     check_name("tracking", tracking, TRACKINGS)
     check_name("tempering", tempering, TEMPERINGS)
     check_name("bounds", bounds, BOUNDS)
-    if tempering != "leak" and nonlinearity is None:
+    if tempering != "leak" and form.nonlinearity is None:
         raise ValueError(
             f"tempering {tempering!r} needs a limit; give a nonlinearity, such as 0.1, or leave it at 'leak'"
         )
-    if bounds != "none" and learnable:
+    if bounds != "none" and form.learned:
         raise ValueError(f"bounds {bounds!r} do not go with a learned correction; leave one of them out")
 
     def act(f: Activation, inference: bool, limit: float | None = None) -> nn.Module:
         layer = ANAct(
             f,
-            nonlinearity=limit,
+            form=form.replace(nonlinearity=limit),
             use_running_average=inference or tracking != "batch",
             update=not inference and tracking != "fixed",
-            learnable=learnable,
             **options,
         )
         return layer if bounds == "none" else Bounded(layer, bounds)
 
-    if nonlinearity is None or tempering == "leak":
-        return lambda inference: act(fn, inference, nonlinearity)
+    limit = form.nonlinearity
+    if limit is None or tempering == "leak":
+        return lambda inference: act(fn, inference, limit)
     if tempering == "scale":
-        scaled = InputScaled(fn, gaussian_scale(fn, nonlinearity))
+        scaled = InputScaled(fn, gaussian_scale(fn, limit))
         return lambda inference: act(scaled, inference)
     return lambda inference: MeasuredScale(
-        functools.partial(act, inference=inference), fn, nonlinearity, adapts=not inference
+        functools.partial(act, inference=inference), fn, limit, adapts=not inference
     )
 
 
@@ -162,16 +160,16 @@ class Bounded(nn.Module):
         layer = self.layer
         if self.is_initializing():
             return layer(x)
-        before = running_stats(layer)
+        form, before = Form.parse(layer.form), running_stats(layer)
         y: Array = layer(x)
         used = before
         if not layer.use_running_average:
-            measured = jax.lax.stop_gradient(x) if layer.stop_gradient else x
-            batch = activation_stats(layer.activation, measured, feature_axes=layer.feature_axes)
+            measured = jax.lax.stop_gradient(x) if form.stop_gradient else x
+            batch = activation_stats(layer.activation, measured, feature_axes=form.axes, moments=form.moments)
             used = jax.tree.map(functools.partial(jnp.where, informative(batch)), batch, before)
 
         def factor(stats: Stats) -> Array:
-            return normalization(stats, rule=layer.rule, center=layer.center, reference=layer.reference).factor
+            return normalization(stats, form).factor
 
         (least, most), around = (STEP, before) if self.bounds == "step" else (RANGE, gaussian_stats(layer.activation))
         found, middle = factor(used), factor(around)

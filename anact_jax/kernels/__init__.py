@@ -1,0 +1,71 @@
+"""Where the work on whole batches is done: XLA's way, and ways for one kind of machine that were measured to be faster.
+
+Each function says what it computes; which way is taken stands here, in `_for_cpu`, and nowhere else.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from anact_jax.elementwise import Constants, ExplicitActivation
+from anact_jax.kernels import cpu
+
+
+def sums(
+    terms: Callable[..., Sequence[Array]],
+    x: Array,
+    mask: Array | None,
+    *about: Array,
+    feature_axes: tuple[int, ...],
+) -> Sequence[Array]:
+    """The sum of each term over all axes but the feature axes.
+
+    Args:
+        terms: takes x, mask and `about`, all broadcastable to each other, and gives arrays of x's shape. It may be
+            called on parts of the batch, whose last axis is x's.
+        x: the batch.
+        mask: broadcastable to x; None for none.
+        *about: arrays of x's shape at the feature axes.
+        feature_axes: sorted and not negative.
+    """
+
+    def at_once(x: Array, mask: Array | None, *about: Array) -> Sequence[Array]:
+        reduced = tuple(axis for axis in range(x.ndim) if axis not in feature_axes)
+        found = terms(x, mask, *(jnp.expand_dims(value, reduced) for value in about))
+        return [jnp.sum(term, axis=reduced) for term in found]
+
+    if not _for_cpu(x, feature_axes):
+        return at_once(x, mask, *about)
+    by_parts = partial(cpu.sums, terms, feature_axes=feature_axes)
+    found: Sequence[Array] = jax.lax.platform_dependent(x, mask, *about, cpu=by_parts, default=at_once)
+    return found
+
+
+def scaled(
+    g: ExplicitActivation,
+    constants: Constants,
+    x: Array,
+    factor: Array,
+    shift: Array,
+    *,
+    feature_axes: tuple[int, ...],
+) -> Array:
+    """`factor * (g(constants, x) - shift)`, with factor and shift of x's number of axes."""
+    formula = cpu.scaled if _for_cpu(x, feature_axes) else cpu.formula
+    return formula(g, constants, x, factor, shift)
+
+
+def _for_cpu(x: Array, feature_axes: tuple[int, ...]) -> bool:
+    """Whether the ways for a CPU may be taken, where the program runs on one.
+
+    They reshape, so that all of x that this computation sees must be on one device, as far as its type says, with
+    known sizes; and they loop, which is compiled anew at each call unless the whole computation is compiled.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    local = mesh.empty or mesh.size == 1 or all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+    compiled = isinstance(jax.lax.full((), 0.0), jax.core.Tracer)
+    known = all(isinstance(size, int) for size in x.shape)
+    return local and compiled and known and cpu.worthwhile(x, feature_axes)

@@ -1,0 +1,83 @@
+"""Ways that suit XLA's CPU backend, which writes to memory what several results share, and reads it back for each."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from anact_jax.elementwise import Constants, ExplicitActivation
+
+_IN_CACHE = 2**17  # elements that a CPU takes at a time
+
+
+def worthwhile(x: Array, feature_axes: tuple[int, ...]) -> bool:
+    """Whether the functions here serve such a batch, and are faster than XLA's way: it is larger than the cache."""
+    return x.ndim >= 2 and feature_axes in ((), (x.ndim - 1,)) and x.size > 4 * _IN_CACHE
+
+
+def sums(
+    terms: Callable[..., Sequence[Array]],
+    x: Array,
+    mask: Array | None,
+    *about: Array,
+    feature_axes: tuple[int, ...],
+) -> Sequence[Array]:
+    """`anact_jax.kernels.sums`, part by part of the batch: each part is read once."""
+    first, last = x.shape[0] if x.ndim > 2 else 1, x.shape[-1]
+    middle = x.size // (first * last)
+    largest = min(middle, max(1, _IN_CACHE // (first * last)))
+    width = next(size for size in range(largest, 0, -1) if middle % size == 0)
+    shape = (first, middle // width, width, last)
+    mask = None if mask is None else jnp.broadcast_to(mask, x.shape).reshape(shape)
+    x, about = x.reshape(shape), tuple(value.reshape(1, 1, -1) for value in about)
+
+    def part(index: Array | int) -> Sequence[Array]:
+        def of(array: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(array, index, axis=1, keepdims=False)  # type: ignore[no-any-return]
+
+        return terms(of(x), None if mask is None else of(mask), *about)
+
+    def add(index: Array, found: Sequence[Array]) -> Sequence[Array]:
+        return [old + new for old, new in zip(found, part(index), strict=True)]
+
+    like = jax.eval_shape(part, 0)
+    # Zeros that differ between devices as x does, as far as `shard_map` can tell.
+    start = [jnp.where(x[:, 0] == 0, jnp.zeros(term.shape, term.dtype), 0) for term in like]
+    found: Sequence[Array] = jax.lax.fori_loop(0, shape[1], add, start)
+    return [jnp.sum(total, axis=(0, 1) if feature_axes else None) for total in found]
+
+
+def formula(g: ExplicitActivation, constants: Constants, x: Array, factor: Array, shift: Array) -> Array:
+    """`anact_jax.kernels.scaled` as it is written."""
+    return factor * (g(constants, x) - shift)
+
+
+scaled = jax.custom_jvp(formula, nondiff_argnums=(0,))
+
+
+@scaled.defjvp
+def _scaled_jvp(g: ExplicitActivation, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    """The derivative in factor and shift, whose transpose are sums over x, is taken of x in another shape.
+
+    It then shares nothing of x's size with the derivative in x.
+    """
+    constants, x, *numbers = primals
+    y, along_x = jax.jvp(lambda *free: formula(g, *free, *numbers), (constants, x), tangents[:2])
+
+    def along_numbers(x: Array, *arrays: Array) -> Array:
+        own = (axis for axis in range(x.ndim) if any(array.shape[axis] != 1 for array in arrays))
+        first_own = min(next(own, x.ndim), x.ndim - 1)
+        merged, *flat = (a.reshape(math.prod(a.shape[:first_own]), *a.shape[first_own:]) for a in (x, *arrays))
+        change: Array = jax.jvp(functools.partial(formula, g, constants, merged), tuple(flat[:2]), tuple(flat[2:]))[1]
+        return change.reshape(x.shape)
+
+    def at_once(x: Array, *arrays: Array) -> Array:
+        change: Array = jax.jvp(functools.partial(formula, g, constants, x), arrays[:2], arrays[2:])[1]
+        return change
+
+    ways = {"cpu": along_numbers, "default": at_once}
+    return y, along_x + jax.lax.platform_dependent(x, *numbers, *tangents[2:], **ways)

@@ -1,0 +1,245 @@
+"""`anact`: one step of a normalized activation, for any f."""
+
+import functools
+from collections.abc import Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Shaped
+
+from anact_jax.activations import tempered
+from anact_jax.elementwise import Activation, Constants, permanent, traced, while_tracing, wide_dtype
+from anact_jax.factors import normalization
+from anact_jax.form import DEFAULT, Form
+from anact_jax.gaussian import gaussian_stats
+from anact_jax.kernels import scaled
+from anact_jax.running import check_momentum, moved
+from anact_jax.statistics import (
+    Shards,
+    Stats,
+    broadcast_mask,
+    canonical_axes,
+    differentiable,
+    judge,
+    measure,
+    other_axes,
+    shards_of,
+)
+
+_LARGEST = 1e15  # from here on, elements count as not finite
+
+
+def normalize(
+    f: Activation,
+    x: Float[Array, "*shape"],
+    factor: Float[Array, "..."] | float,
+    shift: Float[Array, "..."] | float = 0.0,
+) -> Float[Array, "*shape"]:
+    """The normalized activation `y = factor * (f(x) - shift)`.
+
+    It is computed in float32 or wider, and returned in x's dtype. The backward pass stores only x, factor and shift,
+    and computes f(x) and f'(x) again.
+
+    Args:
+        f: any elementwise JAX function.
+        x: floating-point input of any shape.
+        factor: broadcastable to x.
+        shift: broadcastable to x.
+
+    Returns:
+        An array of x's shape and dtype, differentiable in x, factor, shift and what f closes over, forward and reverse.
+
+    Raises:
+        TypeError: x or f(x) is not floating point.
+        ValueError: f changes the shape.
+
+    >>> normalize(jax.nn.relu, jnp.array([-1.0, 2.0]), 2.0, 0.5)
+    Array([-1.,  3.], dtype=float32)
+    """
+    x = jnp.asarray(x)
+    g, constants = traced(f, x)
+
+    def expanded(value: ArrayLike) -> Array:
+        value = jnp.asarray(value, wide_dtype(x.dtype))
+        return value.reshape((1,) * (x.ndim - value.ndim) + value.shape)
+
+    def formula(constants: Constants, x: Array, factor: Array, shift: Array) -> Array:
+        return factor * (g(constants, x) - shift)
+
+    y: Array = jax.checkpoint(formula)(constants, x, expanded(factor), expanded(shift))
+    return y.astype(x.dtype)
+
+
+def initial_stats(f: Activation, form: Form | str = DEFAULT, shape: tuple[int, ...] = ()) -> Stats:
+    """Running statistics before the first batch: those of f, tempered as the form says, under a standard normal input.
+
+    Args:
+        f: any elementwise JAX function.
+        form: a `Form` or its text.
+        shape: `()`, or the sizes of `form.feature_axes`, such as `(channels,)`.
+
+    Returns:
+        `Stats` of that shape with `form.moments` and count 0.
+
+    >>> [None if moment is None else round(float(moment), 3) for moment in initial_stats(jax.nn.relu, "forward+unit")]
+    [0.0, None, None, 0.399, 0.341, None]
+    """
+    form = Form.parse(form)
+    limits = () if form.nonlinearity is None else (form.nonlinearity,)
+    prior = while_tracing(_tempered_stats, f, *limits)
+    fields = {name: jnp.broadcast_to(getattr(prior, name), shape) for name in ("count", *form.moments)}
+    return Stats(**fields)
+
+
+def _tempered_stats(f: Activation, limit: float | None = None) -> Stats:
+    return gaussian_stats(tempered(f, limit))
+
+
+def anact(
+    f: Activation,
+    x: Float[Array, "*shape"],
+    running: Stats,
+    form: Form | str = DEFAULT,
+    *,
+    momentum: ArrayLike = 0.9,
+    use_running_average: bool = False,
+    update: bool | None = None,
+    mask: Shaped[Array, "..."] | None = None,
+    axis_name: Hashable | Sequence[Hashable] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    alpha: Float[Array, "*features"] | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Float[Array, "*shape"], Stats]:
+    """One step of an adaptively normalized activation: input and state in, output and state out.
+
+    `y = lambda * (f(x) - c)` with f tempered as `form.nonlinearity` says, and lambda and c from `normalization`, of the
+    statistics of this batch or of the running ones. The Flax modules are shells around this function; with another
+    framework, or none, call it yourself. The backward pass stores only x: f(x) and f'(x) are computed again.
+
+    Args:
+        f: any elementwise JAX function. It may close over arrays, such as a learned slope; the gradient in them flows
+            through the statistics as well.
+        x: floating-point input of any shape.
+        running: running statistics, at first `initial_stats(f, form)`. Statistics of shape () serve for every feature.
+            Moments that the form does not use are left out of what is returned.
+        form: a `Form` or its text; see `Form.parse`.
+        momentum: weight of the past, in [0, 1], a number or an array; see `update_stats`.
+        use_running_average: normalize with `running` (inference) or with this batch (training). A degenerate batch (see
+            `informative`) is normalized with `running` as well.
+        update: take this batch into the running statistics; by default where it is normalized with its own. The four
+            combinations are all valid.
+        mask: see `activation_stats`; it decides what is counted, while every element is normalized. What masked
+            elements hold changes nothing else; those that are not finite, or 1e15 and larger, are taken as 0.
+        axis_name: see `activation_stats`.
+        axis_index_groups: see `activation_stats`.
+        alpha: the parameter of a learned form, see `normalization`: `0.3 tanh(alpha)` is added to lambda.
+        dtype: of y; by default x's.
+
+    Returns:
+        y in x's shape, and the running statistics in their dtypes, which carry no gradient.
+
+    Raises:
+        TypeError: x or f(x) is not real floating point, or f has no forward-mode derivative.
+        ValueError: the form is unknown, the running statistics lack a moment that it uses or have another shape than x
+            has features, momentum lies outside [0, 1], or as `activation_stats` raises.
+
+    >>> x = jax.random.normal(jax.random.key(0), (1000, 8))
+    >>> form = DEFAULT.replace(rule="forward")
+    >>> y, running = anact(jax.nn.relu, x, initial_stats(jax.nn.relu, form, (8,)), form)
+    >>> round(float(jnp.var(y[:, 0])), 3), float(running.count[0])
+    (1.0, 1.0)
+    """
+    form, x = Form.parse(form), jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must be floating point, got dtype {x.dtype}; cast it first")
+    check_momentum(momentum)
+    axes = canonical_axes(form.axes, x.ndim)
+    step = _compiled_step if permanent(f) else _step
+    return step(
+        f,
+        form,
+        axes,
+        shards_of(axis_name, axis_index_groups),
+        use_running_average,
+        not use_running_average if update is None else update,
+        jnp.dtype(x.dtype if dtype is None else dtype),
+        x,
+        _fitting(running, form, tuple(x.shape[axis] for axis in axes), x.shape),
+        broadcast_mask(mask, x),
+        momentum,
+        alpha,
+    )
+
+
+def _fitting(running: Stats, form: Form, features: tuple[int, ...], shape: tuple[int, ...]) -> Stats:
+    """Running statistics with the moments of the form alone, one for each feature."""
+    missing = [name for name in form.moments if getattr(running, name) is None]
+    if missing:
+        raise ValueError(
+            f"the running statistics have no {', '.join(missing)}, which form {form} uses; begin with "
+            "anact_jax.initial_stats(f, form), or keep to the form that they were made for"
+        )
+    if running.count.shape not in ((), features):
+        raise ValueError(
+            f"running statistics of shape {running.count.shape} do not fit feature_axes {form.axes} of x with shape "
+            f"{shape}, which need {features}; set feature_axes as when they were made, or make them anew"
+        )
+    kept = {name: jnp.asarray(getattr(running, name)) for name in ("count", *form.moments)}
+    return Stats(**{name: jnp.broadcast_to(value, features) for name, value in kept.items()})
+
+
+def _step(
+    f: Activation,
+    form: Form,
+    axes: tuple[int, ...],
+    shards: Shards | None,
+    use_running_average: bool,
+    update: bool,
+    dtype: jnp.dtype,
+    x: Array,
+    running: Stats,
+    mask: Array | None,
+    momentum: ArrayLike,
+    alpha: Array | None,
+) -> tuple[Array, Stats]:
+    if mask is not None:  # 0 times infinity, in a gradient, is not 0
+        x = jnp.where(mask | (jnp.abs(x) < _LARGEST), x, 0)
+    f = tempered(f, form.nonlinearity)
+    g, constants = traced(f, x)
+    wide, reduced = wide_dtype(x.dtype), other_axes(axes, x.ndim)
+    used: Stats = jax.tree.map(lambda moment: jax.lax.stop_gradient(moment).astype(wide), running)
+    told, after = jnp.zeros(running.count.shape, bool), running
+    if update or not use_running_average:
+        batch = measure(g, constants, x, axes, mask, shards, form.moments)
+        sound, varied = judge(batch, x.dtype)
+        told = functools.reduce(jnp.logical_and, varied.values(), sound & (batch.count > 0))
+        if update:
+            after = moved(running, batch, told, momentum)
+        if not use_running_average:
+            used = jax.tree.map(lambda new, old: jnp.where(told, new, old), batch, used)
+
+    def formula(constants: Constants, x: Array, used: Stats, alpha: Array | None) -> Array:
+        if not (form.stop_gradient or use_running_average):
+            used = differentiable(g, axes, shards, constants, x, mask, used, told)
+        factor, shift = (jnp.expand_dims(value, reduced) for value in normalization(used, form, alpha=alpha))
+        return scaled(g, constants, x, factor, shift, feature_axes=axes).astype(dtype)
+
+    y: Array = jax.checkpoint(formula)(constants, x, used, alpha)
+    return y, after
+
+
+# The layers of a network that differ only in the values of their arrays are traced once, not once each.
+_compiled_step = jax.jit(_step, static_argnums=range(7))
+
+
+def check_activation(fn: object, layer: str) -> None:
+    """Raises TypeError unless fn can be called: before any batch, in a layer's constructor."""
+    if isinstance(fn, jax.Array | np.ndarray) and fn.ndim:
+        raise TypeError(
+            f"{layer} is a layer: {layer}(...)(x); its first argument is an activation, got an array of shape "
+            f"{fn.shape} and dtype {fn.dtype}"
+        )
+    if not callable(fn):
+        raise TypeError(f"fn must be an elementwise function such as jax.nn.swish, got {fn!r}")
