@@ -11,7 +11,17 @@ from flax import nnx
 
 import anact_jax.linen
 import anact_jax.nnx
-from anact_jax import ACTIVATIONS, REFERENCES, RULES, activation_stats, anact, gaussian_stats, tempered, update_stats
+from anact_jax import (
+    ACTIVATIONS,
+    REFERENCES,
+    RULES,
+    Form,
+    activation_stats,
+    anact,
+    initial_stats,
+    tempered,
+    update_stats,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -63,16 +73,19 @@ def signatures(seed):
             dtype,
             name,
             rng.choice(BOTH),  # a mask?
-            rng.choice([None, 0.05, 0.5]),
+            Form(
+                rule,
+                center=rng.choice(BOTH),
+                reference=rng.choice(REFERENCES),
+                nonlinearity=rng.choice([None, 0.05, 0.5]),
+                feature_axes=axes,
+                stop_gradient=rng.choice(BOTH),
+                epsilon=rng.choice([0.0, 1e-6]),
+            ),
             {
-                "rule": rule,
-                "center": rng.choice(BOTH),
-                "reference": rng.choice(REFERENCES),
                 "momentum": rng.choice([0.0, 0.9, 1.0]),
-                "feature_axes": axes,
                 "use_running_average": rng.choice(BOTH),
                 "update": rng.choice([None, *BOTH]),
-                "stop_gradient": rng.choice(BOTH),
             },
         )
 
@@ -107,18 +120,20 @@ def test_there_are_ten_thousand_cases():
 @pytest.mark.parametrize(("number", "signature"), CASES)
 def test_pure_functions_stay_finite(number, signature):
     """Output, state, and the gradient of what passes through."""
-    shape, _, name, _, nonlinearity, options = signature
-    f = tempered(ACTIVATIONS[name], nonlinearity)
+    shape, _, name, _, form, options = signature
+    f = ACTIVATIONS[name]
     x, mask, earlier = draws(signature, number)
-    features = tuple(shape[axis] for axis in sorted(options["feature_axes"]))
-    prior = jax.tree.map(lambda value: jnp.broadcast_to(value, features), gaussian_stats(f))
+    prior = initial_stats(f, form, tuple(shape[axis] for axis in sorted(form.axes)))
 
     @jax.jit
     @jax.vmap
     def case(x, mask, earlier):
-        running = update_stats(prior, activation_stats(f, earlier, feature_axes=options["feature_axes"]))
-        y, state = anact(f, x, running, mask=mask, **options)
-        wide, pull = jax.vjp(lambda x: anact(f, x, running, mask=mask, **options)[0], x.astype(jnp.float32))
+        batch = activation_stats(
+            tempered(f, form.nonlinearity), earlier, feature_axes=form.axes, moments=form.moments
+        )
+        running = update_stats(prior, batch)
+        y, state = anact(f, x, running, form, mask=mask, **options)
+        wide, pull = jax.vjp(lambda x: anact(f, x, running, form, mask=mask, **options)[0], x.astype(jnp.float32))
         return y, wide, state, pull(jnp.ones_like(wide))[0]
 
     y, wide, state, gradient = case(x, mask, earlier)
@@ -130,12 +145,11 @@ def test_pure_functions_stay_finite(number, signature):
 
 @pytest.mark.parametrize(("number", "signature"), CASES[::4])
 def test_modules_stay_finite_and_agree(number, signature):
-    shape, dtype, name, _, nonlinearity, options = signature
+    shape, dtype, name, _, form, options = signature
     x, mask, _ = draws(signature, number)
-    features = tuple(shape[axis] for axis in sorted(options["feature_axes"]))
-    options = options | {"nonlinearity": nonlinearity}
-    options["feature_axes"] = tuple(sorted(options["feature_axes"]))
-    linen = anact_jax.linen.ANAct(ACTIVATIONS[name], **options)
+    form = form.replace(feature_axes=tuple(sorted(form.axes)))
+    features = tuple(shape[axis] for axis in form.axes)
+    linen = anact_jax.linen.ANAct(ACTIVATIONS[name], form=form, **options)
     variables = linen.init(jax.random.key(0), jnp.zeros(shape, dtype))
 
     @jax.jit

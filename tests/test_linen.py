@@ -10,11 +10,11 @@ import optax
 import pytest
 
 import anact_jax.linen
-from anact_jax import ACTIVATIONS, DEFAULT, PUBLISHED, Stats, anact, gaussian_stats, tempered
+from anact_jax import ACTIVATIONS, DEFAULT, PUBLISHED, Form, Stats, anact, gaussian_stats, tempered
 
 # How modules thread state does not depend on their form; the published one has a single number of each kind a layer.
 ANAct, NReLU, NSwish = (
-    functools.partial(module, **PUBLISHED._asdict())
+    functools.partial(module, form=PUBLISHED)
     for module in (anact_jax.linen.ANAct, anact_jax.linen.NReLU, anact_jax.linen.NSwish)
 )
 
@@ -23,6 +23,7 @@ NAMES = {
     "relu": "NReLU",
     "leaky_relu": "NLeakyReLU",
     "elu": "NELU",
+    "selu": "NSELU",
     "tanh": "NTanh",
     "sigmoid": "NSigmoid",
     "softplus": "NSoftplus",
@@ -52,36 +53,39 @@ def test_named_modules_are_anact_of_that_function(name, module):
     assert layer.fn is ACTIVATIONS[name]
     variables = layer.init(jax.random.key(0), X)
     y, _ = layer.apply(variables, X, mutable=["batch_stats"])
-    nonlinearity, options = DEFAULT.nonlinearity, DEFAULT._asdict()
-    del options["nonlinearity"]
-    f = tempered(ACTIVATIONS[name], nonlinearity)
-    prior = jax.tree.map(lambda value: jnp.broadcast_to(value, (6,)), gaussian_stats(f))
-    np.testing.assert_array_equal(y, anact(f, X, prior, **options)[0])
+    f = ACTIVATIONS[name]
+    prior = gaussian_stats(tempered(f, DEFAULT.nonlinearity))
+    prior = jax.tree.map(lambda value: jnp.broadcast_to(value, (6,)), prior)
+    np.testing.assert_array_equal(y, anact(f, X, prior, DEFAULT)[0])
+
+
+def test_every_activation_has_a_named_module():
+    assert {ACTIVATIONS[name] for name in NAMES} == set(ACTIVATIONS.values())
+    assert anact_jax.linen.NSiLU is anact_jax.linen.NSwish
 
 
 def test_defaults_of_named_modules_are_those_of_anact():
     for name in NAMES.values():
         layer = getattr(anact_jax.linen, name)()
-        assert all(getattr(layer, field) == value for field, value in DEFAULT._asdict().items())
+        assert layer.form == DEFAULT
 
 
 @pytest.mark.parametrize(("center", "reference", "stop_gradient"), [(False, "input", True), (True, "unit", False)])
 @pytest.mark.parametrize("feature_axes", [(), -1])
 def test_is_a_shell_around_the_pure_function(center, reference, stop_gradient, feature_axes):
-    options = {"rule": "geometric", "center": center, "reference": reference}
-    options |= {"stop_gradient": stop_gradient, "feature_axes": feature_axes}
-    layer = anact_jax.linen.ANAct(jnp.tanh, momentum=0.7, nonlinearity=None, **options)
+    form = Form("geometric", center, reference, None, feature_axes, stop_gradient)
+    layer = anact_jax.linen.ANAct(jnp.tanh, momentum=0.7, form=form)
     variables = layer.init(jax.random.key(0), X, use_running_average=False)
     running = state_of(variables)
     chex.assert_shape(list(running), (6,) if feature_axes else ())
     for step in range(4):
         x = X * (1.0 + step)
         y, variables = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
-        expected, running = anact(jnp.tanh, x, running, momentum=0.7, **options)
+        expected, running = anact(jnp.tanh, x, running, form, momentum=0.7)
         np.testing.assert_array_equal(y, expected)
         chex.assert_trees_all_equal(state_of(variables), running)
     y = layer.apply(variables, X, use_running_average=True)
-    np.testing.assert_array_equal(y, anact(jnp.tanh, X, running, use_running_average=True, **options)[0])
+    np.testing.assert_array_equal(y, anact(jnp.tanh, X, running, form, use_running_average=True)[0])
 
 
 def test_init_depends_on_no_input_and_needs_no_axis():
@@ -103,8 +107,8 @@ def test_layer_called_twice_updates_twice():
     variables = Twice().init(jax.random.key(0), X, train=True)
     assert float(variables["batch_stats"]["NSwish_0"]["count"]) == 0
     y, variables = Twice().apply(variables, X, train=True, mutable=["batch_stats"])
-    first, running = anact(jax.nn.swish, X, gaussian_stats(jax.nn.swish))
-    second, running = anact(jax.nn.swish, first * 3.0, running)
+    first, running = anact(jax.nn.swish, X, gaussian_stats(jax.nn.swish), PUBLISHED)
+    second, running = anact(jax.nn.swish, first * 3.0, running, PUBLISHED)
     np.testing.assert_allclose(y, second, rtol=1e-6)
     chex.assert_trees_all_close(state_of(variables["batch_stats"], "NSwish_0"), running, rtol=1e-6)
 
@@ -206,7 +210,7 @@ def test_using_and_updating_are_independent(use_running_average, update):
     variables = layer.init(jax.random.key(0), X)
     y, updates = layer.apply(variables, X, mutable=["batch_stats"])
     expected, running = anact(
-        jax.nn.swish, X, gaussian_stats(jax.nn.swish), use_running_average=use_running_average, update=update
+        jax.nn.swish, X, gaussian_stats(jax.nn.swish), PUBLISHED, use_running_average=use_running_average, update=update
     )
     np.testing.assert_array_equal(y, expected)
     chex.assert_trees_all_equal(state_of(updates), running)
@@ -237,10 +241,11 @@ def test_one_trace_a_mode_over_ten_steps_with_fresh_modules():
 
 
 def test_learnable_correction_starts_at_zero_stays_bounded_and_learns():
-    layer = NSwish(learnable=True, feature_axes=-1, use_running_average=False)
+    form = PUBLISHED.replace(feature_axes=-1)
+    layer = NSwish(form=form.replace(learned=True), use_running_average=False)
     variables = layer.init(jax.random.key(0), X)
     chex.assert_trees_all_equal(variables["params"]["alpha"], jnp.zeros(6))
-    plain = NSwish(feature_axes=-1, use_running_average=False)
+    plain = NSwish(form=form, use_running_average=False)
     y, _ = layer.apply(variables, X, mutable=["batch_stats"])
     y_plain, _ = plain.apply({"batch_stats": variables["batch_stats"]}, X, mutable=["batch_stats"])
     np.testing.assert_array_equal(y, y_plain)
@@ -301,8 +306,8 @@ def test_remat_changes_nothing_and_updates_once():
     ("options", "error", "message"),
     [
         ({"fn": "swish"}, TypeError, "fn must be an elementwise function"),
-        ({"rule": "median"}, ValueError, "unknown rule 'median'"),
-        ({"reference": "output"}, ValueError, "unknown reference"),
+        ({"form": "median"}, ValueError, "unknown form 'median'.*rules: mean, forward"),
+        ({"form": "mean+output"}, ValueError, "unknown part 'output' of form 'mean\\+output'"),
         ({"momentum": 1.5}, ValueError, r"\[0, 1\], got 1.5"),
     ],
 )

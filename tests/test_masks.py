@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from anact_jax import DEFAULT
 from anact_jax.linen import NSwish
 
 SEQUENCES = 1.0 + 2.0 * jax.random.normal(jax.random.key(0), (6, 5, 4))
@@ -31,7 +32,8 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_any_broadcastable_mask(name, dtype, feature_axes):
     x, mask = MASKS[name]
-    layer = NSwish(use_running_average=False, feature_axes=feature_axes)
+    form = DEFAULT.replace(feature_axes=feature_axes)
+    layer = NSwish(use_running_average=False, form=form)
     variables = layer.init(jax.random.key(0), x)
     y, updates = layer.apply(variables, x, mask=jnp.asarray(mask.astype(dtype)), mutable=["batch_stats"])
 
@@ -42,7 +44,7 @@ def test_any_broadcastable_mask(name, dtype, feature_axes):
     np.testing.assert_allclose(updates["batch_stats"]["mean_in"], means, rtol=1e-5)
     np.testing.assert_allclose(updates["batch_stats"]["var_in"], variances, rtol=1e-5)
     # After one batch the running statistics are its own: inference treats every element the same, masked or not.
-    inference = NSwish(use_running_average=True, feature_axes=feature_axes)
+    inference = NSwish(use_running_average=True, form=form)
     np.testing.assert_allclose(y, inference.apply(updates, x), rtol=1e-5, atol=1e-6)
 
 

@@ -11,11 +11,16 @@ from flax import nnx
 
 import anact_jax.linen
 import anact_jax.nnx
-from anact_jax import PUBLISHED, Stats
-from anact_jax.nnx import ActivationStat, ANAct, NSwish
+from anact_jax import PUBLISHED, Form, Stats
+from anact_jax.nnx import ANAct, NSwish
 
-NAMES = ["NReLU", "NLeakyReLU", "NELU", "NTanh", "NSigmoid", "NSoftplus", "NSwish", "NGELU", "NMish"]
-OPTIONS = [{}, PUBLISHED._asdict(), {"rule": "exact", "stop_gradient": True, "learnable": True, "features": 12}]
+NAMES = ["NReLU", "NLeakyReLU", "NELU", "NSELU", "NTanh", "NSigmoid", "NSoftplus", "NSwish", "NGELU", "NMish"]
+OPTIONS = [
+    {},
+    {"form": PUBLISHED},
+    {"form": Form("exact", stop_gradient=True, learned=True), "features": 12},
+    {"form": "forward+center+unit+diff+feature+nu0.1"},
+]
 
 
 def batches(count, seed=0, shape=(16, 6)):
@@ -23,11 +28,11 @@ def batches(count, seed=0, shape=(16, 6)):
 
 
 def state_of(layer):
-    return Stats(*(getattr(layer, field)[...] for field in Stats._fields))
+    return Stats(**{name: getattr(layer, name)[...] for name in ("count", *layer.form.moments)})
 
 
 def shaped_swish():
-    return NSwish(features=12)
+    return NSwish(12)
 
 
 class Net(nnx.Module):
@@ -117,7 +122,7 @@ def test_state_is_a_batch_stat():
     assert set(nnx.to_pure_dict(stats)["act"]) == set(Stats._fields)
     assert not jax.tree.leaves(rest)
     assert jax.tree.leaves(params)
-    assert isinstance(net.act.count, ActivationStat)
+    assert type(net.act.count) is nnx.BatchStat
 
 
 def test_mode_comes_from_call_then_module_and_must_come_from_somewhere():
@@ -163,9 +168,9 @@ def test_frozen_withstands_train_of_its_parent():
     ("options", "message"),
     [
         ({"momentum": 2.0}, "momentum is the weight of the past"),
-        ({"nonlinearity": 0.0}, "nonlinearity must be a positive number"),
+        ({"form": "mean+nu0.0"}, "nonlinearity must be a positive number"),
         ({"features": (3, 4)}, "features must give the size of each of feature_axes"),
-        ({"learnable": True}, "features must give the size of each of feature_axes"),
+        ({"form": "mean+feature+learned"}, r"a learned form needs features, the sizes of feature_axes \(-1,\)"),
     ],
 )
 def test_bad_options_are_refused_when_made(options, message):
@@ -194,7 +199,7 @@ def expected_state(xs, **options):
 
 
 def test_jit_and_one_trace_a_mode():
-    xs, layer = batches(10), NSwish(features=6)
+    xs, layer = batches(10), NSwish(6)
     layer.train()
     run = nnx.jit(chex.assert_max_traces(lambda layer, x: layer(x), n=2))
     for x in xs:
@@ -235,7 +240,7 @@ def test_vmap_over_layers_of_their_own():
 
     @nnx.vmap(in_axes=(0,), out_axes=0)
     def make(_):
-        return NSwish(features=6, use_running_average=False)
+        return NSwish(6, use_running_average=False)
 
     layers = make(jnp.arange(3))
     run = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, 0))
@@ -251,7 +256,7 @@ def test_scan_over_layers_and_carried():
 
     @nnx.vmap(in_axes=(0,), out_axes=0)
     def make(_):
-        return NSwish(features=6, use_running_average=False)
+        return NSwish(6, use_running_average=False)
 
     layers = make(jnp.arange(3))
     run = nnx.jit(nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry))
@@ -270,7 +275,7 @@ def test_scan_over_layers_and_carried():
     def over_batches(layer, x):
         return layer, layer(x)
 
-    shared = NSwish(features=6, use_running_average=False)
+    shared = NSwish(6, use_running_average=False)
     for _ in range(2):
         shared, _ = over_batches(shared, xs)
     chex.assert_trees_all_close(state_of(shared), expected_state([*xs, *xs]), rtol=1e-5)
@@ -331,7 +336,7 @@ def test_groups_of_shards():
     layer = ANAct(features=6, axis_name="batch", axis_index_groups=[[0, 1], [2, 3]])
     layer.train()
     x = batches(4)
-    in_groups = nnx.vmap(lambda layer, x: layer(x), in_axes=(nnx.StateAxes({ActivationStat: 0}), 0), axis_name="batch")
+    in_groups = nnx.vmap(lambda layer, x: layer(x), in_axes=(nnx.StateAxes({nnx.BatchStat: 0}), 0), axis_name="batch")
     state = jax.tree.map(lambda value: jnp.broadcast_to(value, (4, *value.shape)), nnx.state(layer))
     nnx.update(layer, state)
     in_groups(layer, x)
