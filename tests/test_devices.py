@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import anact_jax.nnx
 from anact_jax.linen import NSwish
 
 IMAGES = 1.0 + jax.random.normal(jax.random.key(0), (64, 6, 6, 3))
@@ -159,3 +161,74 @@ def test_shards_of_their_own_average_their_states():
     chex.assert_trees_all_close(jax.tree.map(lambda value: value[1], every_step), at_the_end, rtol=1e-6)
     np.testing.assert_allclose(at_the_end["mean_in"], x.mean((0, 1)), rtol=1e-5)
     np.testing.assert_allclose(at_the_end["var_in"], x.var(1).mean(0), rtol=1e-5)  # without what lies between them
+
+
+# A layer under jit alone: the compiler places what it needs between devices, wherever x is divided.
+
+ACTIVATIONS_BY_SHAPE = {
+    shape: np.float32(np.random.default_rng(2).normal(0.5, np.linspace(0.5, 3, 16), shape))
+    for shape in ((64, 32, 32, 16), (64, 16))
+}
+DIVIDED = {"batch": ((8,), "b", None), "features": ((8,), None, "b"), "both": ((4, 2), "b", "c")}
+
+
+def layer_in(framework):
+    """A layer's initial state, and a function from state and x to output and next state."""
+    if framework == "linen":
+        layer = NSwish(use_running_average=False)
+        return layer.init(jax.random.key(0), jnp.ones((1, 16))), functools.partial(layer.apply, mutable=["batch_stats"])
+    graph, state = nnx.split(anact_jax.nnx.NSwish(16, use_running_average=False))
+
+    def apply(state, x):
+        layer = nnx.merge(graph, state, copy=True)  # variables of this trace
+        return layer(x), nnx.state(layer)
+
+    return state, apply
+
+
+@functools.cache
+def compiled_layer(framework):
+    state, apply = layer_in(framework)
+
+    @jax.jit
+    def step(state, x):
+        def loss(x):
+            y, new = apply(state, x)
+            return jnp.sum(y**3), (y, new)
+
+        gradient, (y, new) = jax.grad(loss, has_aux=True)(x)
+        return y, gradient, new
+
+    return state, step
+
+
+@functools.cache
+def undivided(framework, shape):
+    state, step = compiled_layer(framework)
+    first = step(state, ACTIVATIONS_BY_SHAPE[shape])
+    return first, step(first[2], -ACTIVATIONS_BY_SHAPE[shape])
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+@pytest.mark.parametrize("shape", ACTIVATIONS_BY_SHAPE, ids=str)
+@pytest.mark.parametrize("divided", DIVIDED)
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+def test_layer_on_a_mesh_equals_one_device(kind, divided, shape, framework):
+    sizes, first, last = DIVIDED[divided]
+    names = ("b", "c")[: len(sizes)]
+    mesh = jax.make_mesh(sizes, names, axis_types=(kind,) * len(sizes))
+    spec = PartitionSpec(first, *[None] * (len(shape) - 2), last)
+    x = jax.device_put(ACTIVATIONS_BY_SHAPE[shape], NamedSharding(mesh, spec))
+    state, step = compiled_layer(framework)
+    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh):
+        steps = [step(state, x)]
+        if x.ndim == 2:  # once more, from the state as the first step placed it
+            steps.append(step(steps[0][2], -x))
+    assert steps[0][0].sharding.is_equivalent_to(x.sharding, x.ndim)
+    for result, expected in zip(steps, undivided(framework, shape), strict=False):
+        chex.assert_trees_all_close(*jax.device_get((result, expected)), rtol=1e-4, atol=2e-5)
+
+
+def test_meshes_are_explicit_by_default():
+    assert jax.make_mesh((8,), ("b",)).axis_types == (AxisType.Explicit,)

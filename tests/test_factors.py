@@ -29,7 +29,7 @@ def test_equals_float64_oracle(name, rule, center, reference):
     x = (0.4 + 1.7 * np.random.default_rng(3).standard_normal(5000)).astype(np.float32)
     expected = oracles.factor_and_shift(oracles.stats(name, x), rule, center, reference)
     stats = activation_stats(ACTIVATIONS[name], jnp.asarray(x))
-    actual = normalization(stats, rule=rule, center=center, reference=reference)
+    actual = normalization(stats, PLAIN.replace(rule=rule, center=center, reference=reference))
     # `exact` takes the root of a difference, which vanishes for ReLU-like activations.
     np.testing.assert_allclose(actual, expected, rtol=3e-5, atol=1e-3 if rule == "exact" else 1e-6)
 
@@ -38,7 +38,7 @@ def test_equals_float64_oracle(name, rule, center, reference):
 @pytest.mark.parametrize("center", [False, True])
 def test_rules_do_what_they_say_under_normal_input(name, center):
     stats = gaussian_stats(ACTIVATIONS[name])
-    for_rule = {rule: gains_after(stats, rule=rule, center=center) for rule in RULES}
+    for_rule = {rule: gains_after(stats, PLAIN.replace(rule=rule, center=center)) for rule in RULES}
     assert for_rule["forward"][0] == pytest.approx(1, abs=1e-5)
     assert for_rule["backward"][1] == pytest.approx(1, abs=1e-5)
     assert np.prod(for_rule["geometric"]) == pytest.approx(1, abs=1e-5)
@@ -52,27 +52,27 @@ def test_rules_do_what_they_say_under_normal_input(name, center):
 def test_unit_reference_gives_the_variance_of_standardized_input(rule):
     x = 7.0 * jax.random.normal(jax.random.key(0), (1000,))
     stats = activation_stats(jax.nn.relu, x)  # scales with its input, so gains do not depend on the level
-    on_input = normalization(stats, rule=rule)
-    on_unit = normalization(stats, rule=rule, reference="unit")
+    on_input = normalization(stats, PLAIN.replace(rule=rule))
+    on_unit = normalization(stats, PLAIN.replace(rule=rule, reference="unit"))
     np.testing.assert_allclose(on_unit.factor, on_input.factor / jnp.std(x), rtol=1e-5)
     np.testing.assert_allclose(on_unit.shift, on_input.shift)
 
 
 def test_relu_comes_out_as_he():
-    factor, shift = normalization(gaussian_stats(jax.nn.relu), rule="exact")
+    factor, shift = normalization(gaussian_stats(jax.nn.relu), PLAIN.replace(rule="exact"))
     np.testing.assert_allclose((factor, shift), (np.sqrt(2), 0), atol=1e-3)
 
 
 def test_exact_takes_the_mean_where_a_batch_breaks_the_inequality():
     stats = make_stats(10, 0, 1, 0.5, 2.0, 1.0)  # Var[f] = 2 > rho' Var[x] = 1
-    factor, shift = normalization(stats, rule="exact")
+    factor, shift = normalization(stats, PLAIN.replace(rule="exact"))
     assert (float(factor), float(shift)) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize(("mean_out", "expected"), [(0.3, -0.1), (-0.3, 0.1), (0.0, -0.4)])
 def test_exact_shifts_on_the_side_nearer_zero(mean_out, expected):
     stats = make_stats(10, 0, 1, mean_out, 0.84, 1.0)
-    np.testing.assert_allclose(normalization(stats, rule="exact").shift, expected, rtol=1e-5)
+    np.testing.assert_allclose(normalization(stats, PLAIN.replace(rule="exact")).shift, expected, rtol=1e-5)
 
 
 EXTREMES = [0.0, 1e-45, 1e-30, 1.0, 1e30, 3e38]
@@ -83,16 +83,16 @@ def test_finite_for_any_finite_stats(rule, center, reference):
     grid = np.array(list(itertools.product(EXTREMES, [-1e15, 0.0, 1.0, 1e15], EXTREMES, EXTREMES)), np.float32)
     var_in, mean_out, var_out, slope_sq = (jnp.asarray(column) for column in grid.T)
     stats = Stats(jnp.full_like(var_in, 9), mean_out, var_in, mean_out, var_out, slope_sq)
-    chex.assert_tree_all_finite(normalization(stats, rule=rule, center=center, reference=reference))
+    chex.assert_tree_all_finite(normalization(stats, PLAIN.replace(rule=rule, center=center, reference=reference)))
     chex.assert_tree_all_finite(gains(stats))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_gain_of_zero_leaves_the_other_to_decide(rule):
     dead = make_stats(9, -3, 1, 0, 0, 0)
-    chex.assert_trees_all_equal(normalization(dead, rule=rule).factor, jnp.float32(1))
+    chex.assert_trees_all_equal(normalization(dead, PLAIN.replace(rule=rule)).factor, jnp.float32(1))
     flat = make_stats(9, 0, 1, 0, 0.25, 0)  # a step function: forward gain 1/4, backward gain 0
-    np.testing.assert_allclose(normalization(flat, rule=rule).factor, 2.0)
+    np.testing.assert_allclose(normalization(flat, PLAIN.replace(rule=rule)).factor, 2.0)
 
 
 @pytest.mark.parametrize(("rule", "center", "reference"), ALL_OPTIONS)
@@ -103,7 +103,7 @@ def test_gradients_against_finite_differences(rule, center, reference):
         def f(*values):
             count = jnp.ones(())
             return tuple(
-                normalization(Stats(count, *map(jnp.asarray, values)), rule=rule, center=center, reference=reference)
+                normalization(Stats(count, *map(jnp.asarray, values)), PLAIN.replace(rule=rule, center=center, reference=reference))
             )
 
         check_grads(f, stats, order=1, modes=("fwd", "rev"))
@@ -114,7 +114,7 @@ def test_gradients_are_finite_at_degenerate_points(rule):
     for values in [(9, 0, 0, 0, 0, 0), (9, 0, 1, 0, 0, 0), (9, 0, 1, 0, 1, 1), (9, 2, 0, 1, 0, 1)]:
         stats = make_stats(*values)
         for output in (0, 1):
-            gradient = jax.grad(lambda s, i=output: normalization(s, rule=rule, reference="unit")[i])(stats)
+            gradient = jax.grad(lambda s, i=output: normalization(s, PLAIN.replace(rule=rule, reference="unit"))[i])(stats)
             chex.assert_tree_all_finite(gradient)
 
 
@@ -122,6 +122,6 @@ def test_gradients_are_finite_at_degenerate_points(rule):
 def test_unknown_names_are_refused_with_the_known_ones():
     stats = gaussian_stats(jax.nn.relu)
     with pytest.raises(ValueError, match="unknown rule 'median'; expected one of mean, forward"):
-        normalization(stats, rule="median")
+        normalization(stats, PLAIN.replace(rule="median"))
     with pytest.raises(ValueError, match="unknown reference 'output'; expected one of input, unit"):
-        normalization(stats, reference="output")
+        normalization(stats, PLAIN.replace(reference="output"))

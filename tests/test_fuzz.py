@@ -128,9 +128,7 @@ def test_pure_functions_stay_finite(number, signature):
     @jax.jit
     @jax.vmap
     def case(x, mask, earlier):
-        batch = activation_stats(
-            tempered(f, form.nonlinearity), earlier, feature_axes=form.axes, moments=form.moments
-        )
+        batch = activation_stats(tempered(f, form.nonlinearity), earlier, feature_axes=form.axes, moments=form.moments)
         running = update_stats(prior, batch)
         y, state = anact(f, x, running, form, mask=mask, **options)
         wide, pull = jax.vjp(lambda x: anact(f, x, running, form, mask=mask, **options)[0], x.astype(jnp.float32))
@@ -157,7 +155,7 @@ def test_modules_stay_finite_and_agree(number, signature):
     def case(x, mask):
         y, updates = linen.apply(variables, x, mask=mask, mutable=["batch_stats"])
         wide, _ = linen.apply(variables, x.astype(jnp.float32), mask=mask, mutable=["batch_stats"])
-        module = anact_jax.nnx.ANAct(ACTIVATIONS[name], features=features, **options)
+        module = anact_jax.nnx.ANAct(ACTIVATIONS[name], features, form=form, **options)
         same = module(x, mask=mask)
         return y, wide, updates, same, jax.tree.leaves(nnx.state(module))
 
@@ -170,18 +168,16 @@ def test_wrong_arguments_end_in_documented_errors():
     """Options at random, right and wrong: a result of x's shape and dtype, or a ValueError or TypeError."""
     rng = random.Random(1)
     outcomes = {"fine": 0, "refused": 0}
-    priors = {name: gaussian_stats(f) for name, f in ACTIVATIONS.items()}
     for _ in range(600):
         shape = rng.choice([*SHAPES, (3, 4)])
         dtype = rng.choice([*DTYPES, *DTYPES, jnp.int32, jnp.bool_, jnp.complex64])
         name = rng.choice(sorted(ACTIVATIONS))
         axes = rng.choice([(), (), -1, 0, (0,), (-1,), (0, 1), (0, 0), (5,), (-9,)])
         masked = rng.choice([None, None, None, shape, (1,) * len(shape), (2, 2), (*shape, 1)])
+        rule = rng.choice([*RULES, *RULES, "median"])
+        reference = rng.choice([*REFERENCES, *REFERENCES, "output"])
         options = {
-            "rule": rng.choice([*RULES, *RULES, "median"]),
-            "reference": rng.choice([*REFERENCES, *REFERENCES, "output"]),
             "momentum": rng.choice([0.9, 0.9, 0.0, 1.0, -0.1, 1.5, float("nan")]),
-            "feature_axes": axes,
             "axis_name": rng.choice([None] * 5 + ["batch"]),
         }
         x = jax.ShapeDtypeStruct(shape, dtype)
@@ -192,10 +188,11 @@ def test_wrong_arguments_end_in_documented_errors():
             if all(-len(shape) <= a < len(shape) for a in given)
             else ()
         )
-        running = jax.tree.map(lambda v, features=features: jnp.broadcast_to(v, features), priors[name])
         try:
+            form = Form(rule, reference=reference, feature_axes=axes)
+            running = initial_stats(ACTIVATIONS[name], form, features)
             y, _ = jax.eval_shape(
-                lambda x, n=name, r=running, m=mask, o=options: anact(ACTIVATIONS[n], x, r, mask=m, **o), x
+                lambda x, n=name, r=running, f=form, m=mask, o=options: anact(ACTIVATIONS[n], x, r, f, mask=m, **o), x
             )
         except (ValueError, TypeError) as error:
             outcomes["refused"] += 1

@@ -1,5 +1,7 @@
+import copy
 import functools
 import itertools
+import pickle
 
 import chex
 import flax.linen as nn
@@ -10,7 +12,7 @@ import optax
 import pytest
 
 import anact_jax.linen
-from anact_jax import ACTIVATIONS, DEFAULT, PUBLISHED, Form, Stats, anact, gaussian_stats, tempered
+from anact_jax import ACTIVATIONS, DEFAULT, PUBLISHED, Form, Stats, anact, gaussian_stats, restored, tempered
 
 # How modules thread state does not depend on their form; the published one has a single number of each kind a layer.
 ANAct, NReLU, NSwish = (
@@ -163,13 +165,17 @@ def test_evaluation_writes_nothing():
 
 def test_missing_mutable_is_answered_with_the_fix():
     variables = Net().init(jax.random.key(0), X, train=False)
-    with pytest.raises(ValueError, match=r"NSwish_0 updates its running statistics.*mutable=\['batch_stats'\]"):
+    with pytest.raises(
+        ValueError, match=r"NSwish 'NSwish_0' updates its running statistics.*mutable=\['batch_stats'\]"
+    ):
         Net().apply(variables, X, train=True)
 
 
 def test_missing_state_is_answered_with_the_fix():
     params = Net().init(jax.random.key(0), X, train=False)["params"]
-    with pytest.raises(ValueError, match=r"NSwish_0 has no running statistics: collection 'batch_stats' is missing"):
+    with pytest.raises(
+        ValueError, match=r"NSwish 'NSwish_0' has no running statistics: collection 'batch_stats' is missing"
+    ):
         Net().apply({"params": params}, X, train=False)
 
 
@@ -314,3 +320,159 @@ def test_remat_changes_nothing_and_updates_once():
 def test_bad_options_are_refused_when_made(options, error, message):
     with pytest.raises(error, match=message):
         ANAct(**options)
+
+
+FORWARD = "forward+center+unit+diff+feature+nu0.1"
+
+
+@pytest.mark.parametrize("module", NAMES.values())
+def test_pickled_and_copied_modules_give_the_same_output(module):
+    layer = getattr(anact_jax.linen, module)(use_running_average=True)
+    variables = layer.init(jax.random.key(0), X)
+    y = layer.apply(variables, X)
+    for copied in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert copied == layer
+        np.testing.assert_array_equal(copied.apply(variables, X), y)
+
+
+def test_form_by_the_name_default_is_no_form():
+    layers = [anact_jax.linen.NSwish(use_running_average=False, **form) for form in ({"form": "default"}, {})]
+    assert layers[0] == layers[1]
+    variables = layers[0].init(jax.random.key(0), X)
+    chex.assert_trees_all_equal(*(layer.apply(variables, X, mutable=["batch_stats"]) for layer in layers))
+
+
+def test_traced_momentum_gives_the_state_of_the_number():
+    def two_steps(momentum):
+        layer = anact_jax.linen.NSwish(momentum=momentum, use_running_average=False)
+        variables = layer.init(jax.random.key(0), X)
+        for x in (X, 2 * X, X - 1):
+            _, variables = layer.apply(variables, x, mutable=["batch_stats"])
+        return variables
+
+    chex.assert_trees_all_close(jax.jit(two_steps)(0.3), two_steps(0.3), rtol=1e-5)
+    assert not np.allclose(two_steps(0.3)["batch_stats"]["var_in"], two_steps(0.9)["batch_stats"]["var_in"], rtol=0.01)
+
+
+def test_mode_given_nowhere_is_an_error_that_names_layer_and_option():
+    model = nn.Sequential([nn.Dense(4), NSwish()])
+    with pytest.raises(ValueError, match=r"NSwish 'layers_1' does not know.*pass use_running_average=False or True"):
+        model.init(jax.random.key(0), X)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("module", ["ANAct", "NSwish", "NReLU"])
+def test_array_in_the_constructor_is_an_error_that_says_so(module):
+    with pytest.raises(TypeError, match=rf"{module} is a layer: .* array of shape \(32, 6\) and dtype float32"):
+        getattr(anact_jax.linen, module)(X)
+
+
+def test_one_layer_at_two_widths_is_an_error():
+    class Shared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            act = anact_jax.linen.NSwish(use_running_average=False)
+            return act(nn.Dense(3)(act(x)))
+
+    with pytest.raises(ValueError, match=r"NSwish 'NSwish_0' has statistics of shape \(6,\).*serves one width"):
+        Shared().init(jax.random.key(0), X)
+    layer = anact_jax.linen.NSwish(use_running_average=True)
+    with pytest.raises(ValueError, match=r"of shape \(6,\), but its input has \(4,\) features.*serves one width"):
+        layer.apply(layer.init(jax.random.key(0), X), X[:, :4])
+
+
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_state_without_a_moment_is_an_error_that_names_form_and_remedy(use_running_average):
+    layer = anact_jax.linen.NSwish(use_running_average=use_running_average)
+    saved = anact_jax.linen.NSwish(form=FORWARD, use_running_average=True).init(jax.random.key(0), X)
+    message = r"NSwish has no mean_in, var_in, slope_sq in .*form mean\+center\+unit.*anact_jax\.restored\("
+    with pytest.raises(ValueError, match=message):
+        layer.apply(saved, X, mutable=["batch_stats"])
+    fresh = layer.init(jax.random.key(0), X)["batch_stats"]
+    state = restored(saved["batch_stats"], fresh, start_anew=True)
+    y, updates = layer.apply({"batch_stats": state}, X, mutable=["batch_stats"])
+    np.testing.assert_array_equal(y, layer.apply({"batch_stats": fresh}, X, mutable=["batch_stats"])[0])
+    assert set(updates["batch_stats"]) == set(fresh)
+
+
+def test_form_by_forward_gain_holds_three_statistics():
+    layer = anact_jax.linen.NSwish(form=FORWARD, use_running_average=False)
+    variables = layer.init(jax.random.key(0), X)
+    assert set(variables["batch_stats"]) == {"count", "mean_out", "var_out"}
+    _, updates = layer.apply(variables, X, mutable=["batch_stats"])
+    assert set(updates["batch_stats"]) == {"count", "mean_out", "var_out"}
+
+
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_moments_that_the_form_does_not_use_are_tolerated_in_the_state(use_running_average):
+    saved = anact_jax.linen.NSwish(use_running_average=False)
+    _, saved = saved.apply(saved.init(jax.random.key(0), X), X, mutable=["batch_stats"])
+    needed = {"batch_stats": {name: saved["batch_stats"][name] for name in ("count", "mean_out", "var_out")}}
+    layer = anact_jax.linen.NSwish(form=FORWARD, use_running_average=use_running_average)
+    y, state = layer.apply(saved, 2 * X, mutable=["batch_stats"])
+    expected, expected_state = layer.apply(needed, 2 * X, mutable=["batch_stats"])
+    np.testing.assert_array_equal(y, expected)
+    for name, value in expected_state["batch_stats"].items():
+        np.testing.assert_array_equal(state["batch_stats"][name], value)
+
+
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_dtype_is_that_of_the_output_alone(use_running_average):
+    layer = anact_jax.linen.NSwish(use_running_average=use_running_average)
+    variables = layer.init(jax.random.key(0), X)
+    for x, dtype in ((X, jnp.bfloat16), (X.astype(jnp.bfloat16), jnp.float32)):
+        plain, state = layer.apply(variables, x, mutable=["batch_stats"])
+        cast, cast_state = layer.clone(dtype=dtype).apply(variables, x, mutable=["batch_stats"])
+        assert cast.dtype == dtype
+        chex.assert_trees_all_equal(cast_state, state)
+        rounding = 2.0**-7
+        np.testing.assert_allclose(cast.astype(jnp.float32), plain.astype(jnp.float32), rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_state_in_bfloat16_stays_in_it_and_works(use_running_average):
+    layer = anact_jax.linen.NSwish(use_running_average=use_running_average)
+    variables = layer.init(jax.random.key(0), X)
+    narrow = jax.tree.map(lambda value: value.astype(jnp.bfloat16), variables)
+    y, updates = layer.apply(narrow, X, mutable=["batch_stats"])
+    expected, expected_updates = layer.apply(variables, X, mutable=["batch_stats"])
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, narrow)
+    chex.assert_type(y, jnp.float32)
+    np.testing.assert_allclose(y, expected, rtol=0.02, atol=0.02)
+    widened = jax.tree.map(lambda value: value.astype(jnp.float32), updates)
+    chex.assert_trees_all_close(widened, expected_updates, rtol=2.0**-8)
+
+
+class LearnedSlope(nn.Module):
+    """A function that closes over a parameter, and that tempering changes in more than its scale."""
+
+    @nn.compact
+    def __call__(self, x):
+        slope = self.param("slope", nn.initializers.constant(0.25), ())
+        return anact_jax.linen.ANAct(lambda x: x * jax.nn.sigmoid(5 * slope * x), use_running_average=False)(x)
+
+
+def prelu():
+    # Tempered to one nonlinearity, all leaky ReLUs are the same but for their scale: the slope would have no gradient.
+    fn, form = nn.PReLU(param_dtype=jnp.float64, negative_slope_init=0.25), DEFAULT.replace(nonlinearity=None)
+    return anact_jax.linen.ANAct(fn, form=form, use_running_average=False)
+
+
+@pytest.mark.parametrize("make", [LearnedSlope, prelu])
+def test_gradient_in_a_learned_slope_equals_finite_differences(make):
+    with jax.enable_x64(True):
+        model, x = make(), jnp.asarray(X, jnp.float64)
+        variables = model.init(jax.random.key(0), x)
+
+        @jax.jit
+        def loss(params):
+            y, _ = model.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            return jnp.mean(y**3) + jnp.mean(jnp.sin(x) * y)
+
+        params = variables["params"]
+        (slope,) = jax.tree.leaves(params)
+        assert float(slope) == 0.25
+        (gradient,) = jax.tree.leaves(jax.grad(loss)(params))
+        above, below = (loss(jax.tree.map(lambda value, h=h: value + h, params)) for h in (1e-5, -1e-5))
+        np.testing.assert_allclose(gradient, (above - below) / 2e-5, rtol=1e-6)
+        assert abs(float(gradient)) > 1e-3

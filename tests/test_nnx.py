@@ -1,4 +1,6 @@
+import copy
 import functools
+import pickle
 
 import chex
 import flax.linen as nn
@@ -8,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.nnx import bridge
 
 import anact_jax.linen
 import anact_jax.nnx
-from anact_jax import PUBLISHED, Form, Stats
+from anact_jax import DEFAULT, PUBLISHED, Form, Stats
 from anact_jax.nnx import ANAct, NSwish
 
 NAMES = ["NReLU", "NLeakyReLU", "NELU", "NSELU", "NTanh", "NSigmoid", "NSoftplus", "NSwish", "NGELU", "NMish"]
@@ -342,3 +345,147 @@ def test_groups_of_shards():
     in_groups(layer, x)
     expected = jnp.repeat(jnp.stack([x[:2].mean((0, 1)), x[2:].mean((0, 1))]), 2, axis=0)
     np.testing.assert_allclose(layer.mean_in[...], expected, rtol=1e-5, atol=1e-6)
+
+
+FORWARD = "forward+center+unit+diff+feature+nu0.1"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pickled_and_copied_modules_give_the_same_output(name):
+    x, layer = batches(1)[0], getattr(anact_jax.nnx, name)(6, use_running_average=True)
+    y = layer(x)
+    for copied in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        np.testing.assert_array_equal(copied(x), y)
+        chex.assert_trees_all_equal(state_of(copied), state_of(layer))
+
+
+def test_form_by_the_name_default_is_no_form():
+    x = batches(1)[0]
+    by_name, without = NSwish(6, form="default", use_running_average=False), NSwish(6, use_running_average=False)
+    assert by_name.form == without.form
+    np.testing.assert_array_equal(by_name(x), without(x))
+    chex.assert_trees_all_equal(state_of(by_name), state_of(without))
+
+
+def test_traced_momentum_gives_the_state_of_the_number():
+    xs = batches(3)
+
+    def three_steps(momentum):
+        return expected_state(xs, features=6, momentum=momentum)
+
+    chex.assert_trees_all_close(jax.jit(three_steps)(0.3), three_steps(0.3), rtol=1e-5)
+    assert not np.allclose(three_steps(0.3).var_in, three_steps(0.9).var_in, rtol=0.01)
+
+
+def test_mode_given_nowhere_is_an_error_that_names_layer_and_option():
+    with pytest.raises(ValueError, match=r"NSwish does not know.*pass use_running_average=False or True"):
+        Net(nnx.Rngs(0))(batches(1)[0])
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("name", ["ANAct", "NSwish", "NReLU"])
+def test_array_in_the_constructor_is_an_error_that_says_so(name):
+    with pytest.raises(TypeError, match=rf"{name} is a layer: .* array of shape \(16, 6\) and dtype float32"):
+        getattr(anact_jax.nnx, name)(batches(1)[0])
+
+
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_one_layer_at_two_widths_is_an_error(use_running_average):
+    x, layer = batches(1)[0], NSwish()
+    layer(x, use_running_average=False)
+    with pytest.raises(ValueError, match=r"NSwish has statistics of shape \(6,\).* \(4,\) .*serves one width"):
+        layer(x[:, :4], use_running_average)
+
+
+def test_form_by_forward_gain_holds_three_statistics():
+    layer = NSwish(6, form=FORWARD, use_running_average=False)
+    layer(batches(1)[0])
+    assert set(nnx.to_pure_dict(nnx.state(layer))) == {"count", "mean_out", "var_out"}
+
+
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_moments_that_the_form_does_not_use_are_tolerated_in_the_state(use_running_average):
+    xs, saved = batches(2), NSwish(6, use_running_average=False)
+    saved(xs[0])
+    layer, expected = (NSwish(6, form=FORWARD, use_running_average=use_running_average) for _ in range(2))
+    nnx.update(layer, nnx.state(saved))
+    for name in ("count", "mean_out", "var_out"):
+        getattr(expected, name).set_value(getattr(saved, name)[...])
+    np.testing.assert_array_equal(layer(xs[1]), expected(xs[1]))
+    chex.assert_trees_all_equal(state_of(layer), state_of(expected))
+
+
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_dtype_is_that_of_the_output_alone(use_running_average):
+    for dtype_in, dtype in ((jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)):
+        x = batches(1)[0].astype(dtype_in)
+        plain, cast = (NSwish(6, use_running_average=use_running_average, dtype=d) for d in (None, dtype))
+        y, expected = cast(x), plain(x)
+        chex.assert_type([y, expected], [dtype, dtype_in])
+        np.testing.assert_allclose(y.astype(jnp.float32), expected.astype(jnp.float32), rtol=2.0**-7, atol=1e-6)
+        chex.assert_trees_all_equal(state_of(cast), state_of(plain))
+
+
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_state_in_bfloat16_stays_in_it_and_works(use_running_average):
+    x, (layer, wide) = batches(1)[0], (NSwish(6, use_running_average=use_running_average) for _ in range(2))
+    nnx.update(layer, jax.tree.map(lambda value: value.astype(jnp.bfloat16), nnx.state(layer)))
+    chex.assert_type(list(state_of(layer)), jnp.bfloat16)
+    y = layer(x)
+    chex.assert_type(y, jnp.float32)
+    chex.assert_type(list(state_of(layer)), jnp.bfloat16)
+    np.testing.assert_allclose(y, wide(x), rtol=0.02, atol=0.02)
+    widened = jax.tree.map(lambda value: value.astype(jnp.float32), state_of(layer))
+    chex.assert_trees_all_close(widened, state_of(wide), rtol=2.0**-8)
+
+
+def test_gradient_in_a_learned_slope_equals_finite_differences():
+    with jax.enable_x64(True):
+        x = jnp.asarray(batches(1)[0], jnp.float64)
+        # Tempered to one nonlinearity, all leaky ReLUs are the same but for their scale.
+        fn, form = nnx.PReLU(0.25, param_dtype=jnp.float64), DEFAULT.replace(nonlinearity=None)
+        layer = ANAct(fn, 6, form=form, use_running_average=False)
+
+        @nnx.jit
+        def loss(layer):
+            y = layer(x)
+            return jnp.mean(y**3) + jnp.mean(jnp.sin(x) * y)
+
+        gradient = nnx.grad(loss)(layer)["fn"]["negative_slope"][...]
+
+        def at(slope):
+            layer.fn.negative_slope.set_value(jnp.float64(slope))
+            return loss(layer)
+
+        np.testing.assert_allclose(gradient, (at(0.25 + 1e-5) - at(0.25 - 1e-5)) / 2e-5, rtol=1e-6)
+        assert abs(float(gradient)) > 1e-3
+
+
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_eager_is_jit_after_the_slope_was_changed_in_place(use_running_average):
+    x, layer = batches(1)[0], ANAct(nnx.PReLU(), 6, use_running_average=use_running_average)
+    run = nnx.jit(lambda layer, x: layer(x))
+    before = layer(x)
+    np.testing.assert_allclose(run(layer, x), before, rtol=1e-5, atol=1e-6)
+    layer.fn.negative_slope.set_value(jnp.float32(0.6))
+    after = layer(x)
+    np.testing.assert_allclose(run(layer, x), after, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(after, before, atol=0.01)
+
+
+def test_bridge_to_linen_keeps_statistics_in_batch_stats():
+    class Holder(nnx.Module):
+        def __init__(self, rngs):
+            self.act = NSwish(6, use_running_average=False, rngs=rngs)
+
+        def __call__(self, x):
+            return self.act(x)
+
+    xs, model = batches(3), bridge.to_linen(Holder)
+    variables = model.init(jax.random.key(0), xs[0])
+    taken_in = float(variables["batch_stats"]["act"]["count"].max())  # the bridge's init runs the layer
+    for x in xs:
+        _, updates = model.apply(variables, x, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+    assert set(variables["batch_stats"]["act"]) == set(Stats._fields)
+    assert float(variables["batch_stats"]["act"]["count"].max()) == taken_in + 3
