@@ -1,9 +1,10 @@
 """An elementwise function as JAX sees it: traced once, with its constants as arguments."""
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
-from functools import partial
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -81,9 +82,10 @@ def value_and_slope(f: Activation, x: Array) -> tuple[Array, Array]:
 
 
 def permanent(f: Any) -> bool:
-    """Whether f is a function that its module holds by name, without arrays in it.
+    """Whether f can never compute anything else, so that what follows from it may be kept.
 
-    Such a function lives as long as the program and does not change, so that what follows from it may be kept.
+    So can functions of the libraries below, and functions that a module holds by name and that read nothing but these
+    libraries: no array, and no variable that could be set anew.
 
     >>> permanent(jax.nn.swish), permanent(lambda x: x)
     (True, False)
@@ -94,7 +96,24 @@ def permanent(f: Any) -> bool:
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
-    return found is f and _holds_no_arrays(f)
+    return found is f and _reads_libraries_alone(inspect.unwrap(f)) and _holds_no_arrays(f)
+
+
+_LIBRARIES = ("anact_jax", "flax", "jax", "math", "numpy")
+
+
+def _reads_libraries_alone(f: Any) -> bool:
+    def from_library(value: Any) -> bool:
+        name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        return str(name).partition(".")[0] in _LIBRARIES
+
+    if from_library(f):
+        return True
+    if not isinstance(f, FunctionType) or f.__closure__ or f.__defaults__ or f.__kwdefaults__:
+        return False
+    nested = any(isinstance(value, CodeType) for value in f.__code__.co_consts)
+    read = [f.__globals__[name] for name in f.__code__.co_names if name in f.__globals__]
+    return not nested and all(map(from_library, read))
 
 
 @functools.cache
@@ -105,8 +124,8 @@ def _holds_no_arrays(f: Activation) -> bool:
 def while_tracing(compute: Callable[..., T], f: Activation, *numbers: float) -> T:
     """`compute(f, *numbers)`, arrays that depend on f alone.
 
-    They are NumPy arrays, computed while tracing whatever mesh is set, and kept if f is `permanent`. Where f closes over
-    traced values they are part of the graph.
+    They are NumPy arrays, computed while tracing whatever mesh is set, and kept if f is `permanent`. Where f closes
+    over traced values they are part of the graph.
 
     Raises:
         ValueError: f takes arrays of one shape only.
@@ -117,9 +136,9 @@ def while_tracing(compute: Callable[..., T], f: Activation, *numbers: float) -> 
         constants = traced(f, jnp.zeros(_ANY_LENGTH))[1]
     except (TypeError, ValueError) as error:
         raise type(error)(
-            f"an activation must take arrays of any shape, but not of shape ({_ANY_LENGTH},): {error}. A slope for each "
-            "channel is not supported, since the statistics of f under a normal input are those of one function: give "
-            "the layer one slope, or each group of channels a layer of its own"
+            f"an activation must take arrays of any shape, got one that refuses shape ({_ANY_LENGTH},): {error}. A slope "
+            "for each channel is not supported, since the statistics of f under a normal input are those of one "
+            "function: give the layer one slope, or each group of channels a layer of its own"
         ) from error
     if any(isinstance(value, jax.core.Tracer) for value in constants):
         return compute(f, *numbers)
@@ -127,7 +146,7 @@ def while_tracing(compute: Callable[..., T], f: Activation, *numbers: float) -> 
 
 
 def _computed(compute: Callable[..., T], f: Activation, numbers: tuple[float, ...]) -> T:
-    with jax.ensure_compile_time_eval(), use_abstract_mesh(_NO_MESH):
+    with jax.core.eval_context(), use_abstract_mesh(_NO_MESH):
         return jax.tree.map(np.asarray, compute(f, *numbers))  # type: ignore[no-any-return]
 
 

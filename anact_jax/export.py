@@ -182,7 +182,9 @@ def _pads_with_zeros(padding: Padding | None, window: Sequence[int]) -> bool:
 def _variable(layer: linen.ANAct, collection: str, name: str) -> Array:
     value: Array | None = None if layer.scope is None else layer.get_variable(collection, name)
     if value is None:
-        wanted = ", ".join(f"{kind!r}: ..." for kind in (layer.collection, *(["params"] if Form.parse(layer.form).learned else [])))
+        wanted = ", ".join(
+            f"{kind!r}: ..." for kind in (layer.collection, *(["params"] if Form.parse(layer.form).learned else []))
+        )
         raise ValueError(
             f"{type(layer).__name__} has no {collection}/{name}: a Linen layer must be bound to its own variables, "
             f"layer.bind({{{wanted}}}), each as it stands in the model's under the layer's name"

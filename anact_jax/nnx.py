@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
@@ -156,7 +157,7 @@ class ANAct(nnx.Module):
 
     def _sizes(self, features: Any) -> tuple[int, ...]:
         name, axes = type(self).__name__, self.form.axes
-        if isinstance(features, jax.Array) and features.ndim:
+        if isinstance(features, jax.Array | np.ndarray) and features.ndim:
             raise TypeError(
                 f"{name} is a layer: {name}(...)(x); it takes the number of features, got an array of shape "
                 f"{features.shape} and dtype {features.dtype}"
@@ -165,7 +166,7 @@ class ANAct(nnx.Module):
             if self.form.learned:
                 raise ValueError(f"a learned form needs features, the sizes of feature_axes {axes}, as in features=64")
             return ()
-        sizes = tuple(features) if isinstance(features, Sequence) else (int(features),)
+        sizes = tuple(map(int, features)) if isinstance(features, Sequence) else (int(features),)
         if len(sizes) != len(axes):
             raise ValueError(
                 f"features must give the size of each of feature_axes {axes}, as in features=64 for feature_axes -1; "

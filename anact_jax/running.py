@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
-from anact_jax.statistics import MOMENTS, Stats, informative
+from anact_jax.statistics import MOMENTS, Stats, informative, sharded_as
 
 
 def update_stats(running: Stats, batch: Stats, *, momentum: ArrayLike = 0.9) -> Stats:
@@ -43,6 +43,7 @@ def update_stats(running: Stats, batch: Stats, *, momentum: ArrayLike = 0.9) -> 
 
 def moved(running: Stats, batch: Stats, taken_in: Bool[Array, "*features"], momentum: ArrayLike) -> Stats:
     """`update_stats`, of the features that are to be taken in."""
+    running = sharded_as(running, taken_in)
     seen = running.count.astype(batch.count.dtype) + 1
     weight = jnp.maximum(1 - jnp.asarray(momentum, seen.dtype), 1 / seen)
 

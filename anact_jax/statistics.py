@@ -243,7 +243,22 @@ def measure(
     f, x = partial(g, jax.lax.stop_gradient(constants)), jax.lax.stop_gradient(x)
     local = _measured(f, x, axes, mask, moments)
     merged = local if shards is None else _over_shards(local, shards)
-    return merged._replace(count=jnp.broadcast_to(merged.count, [x.shape[axis] for axis in axes]))
+    whole = merged._replace(count=jnp.broadcast_to(merged.count, [x.shape[axis] for axis in axes]))
+    return sharded_as(whole, getattr(whole, moments[0])) if moments else whole
+
+
+def sharded_as(stats: Stats, like: Array) -> Stats:
+    """The same statistics; on an Explicit mesh, with the features on the same devices as `like`.
+
+    `jnp.where` takes arrays of one sharding only, while a sum takes that of the array which has one.
+    """
+    sharding = jax.typeof(like).sharding
+
+    def placed(value: Array) -> Array:
+        return value if jax.typeof(value).sharding == sharding else value + jnp.zeros_like(like, dtype=value.dtype)
+
+    moved_over: Stats = jax.tree.map(placed, stats)
+    return moved_over
 
 
 def judge(stats: Stats, dtype: DTypeLike) -> tuple[Bool[Array, "*features"], dict[str, Bool[Array, "*features"]]]:

@@ -14,7 +14,7 @@ from anact_jax.elementwise import Activation, Constants, permanent, traced, whil
 from anact_jax.factors import normalization
 from anact_jax.form import DEFAULT, Form
 from anact_jax.gaussian import gaussian_stats
-from anact_jax.kernels import scaled
+from anact_jax.kernels import scaling
 from anact_jax.running import check_momentum, moved
 from anact_jax.statistics import (
     Shards,
@@ -25,6 +25,7 @@ from anact_jax.statistics import (
     judge,
     measure,
     other_axes,
+    sharded_as,
     shards_of,
 )
 
@@ -204,11 +205,11 @@ def _step(
     momentum: ArrayLike,
     alpha: Array | None,
 ) -> tuple[Array, Stats]:
+    wide, reduced, scaled = wide_dtype(x.dtype), other_axes(axes, x.ndim), scaling(x, axes)
     if mask is not None:  # 0 times infinity, in a gradient, is not 0
-        x = jnp.where(mask | (jnp.abs(x) < _LARGEST), x, 0)
+        x = jnp.where(mask | (jnp.abs(x).astype(wide) < _LARGEST), x, 0)
     f = tempered(f, form.nonlinearity)
     g, constants = traced(f, x)
-    wide, reduced = wide_dtype(x.dtype), other_axes(axes, x.ndim)
     used: Stats = jax.tree.map(lambda moment: jax.lax.stop_gradient(moment).astype(wide), running)
     told, after = jnp.zeros(running.count.shape, bool), running
     if update or not use_running_average:
@@ -217,17 +218,19 @@ def _step(
         told = functools.reduce(jnp.logical_and, varied.values(), sound & (batch.count > 0))
         # NaN where it is degenerate, by a division, which XLA computes once; all else it would compute again, in each of the
         # many kernels that take a moment.
-        batch = batch._replace(**{name: getattr(batch, name) * told.astype(wide) / told.astype(wide) for name in form.moments})
+        batch = batch._replace(
+            **{name: getattr(batch, name) * told.astype(wide) / told.astype(wide) for name in form.moments}
+        )
         if update:
             after = moved(running, batch, told, momentum)
         if not use_running_average:
-            used = jax.tree.map(lambda new, old: jnp.where(told, new, old), batch, used)
+            used = jax.tree.map(lambda new, old: jnp.where(told, new, old), batch, sharded_as(used, told))
 
     def formula(constants: Constants, x: Array, used: Stats, alpha: Array | None) -> Array:
         if not (form.stop_gradient or use_running_average):
             used = differentiable(g, axes, shards, constants, x, mask, used, told)
         factor, shift = (jnp.expand_dims(value, reduced) for value in normalization(used, form, alpha=alpha))
-        return scaled(g, constants, x, factor, shift, feature_axes=axes).astype(dtype)
+        return scaled(g, constants, x, factor, shift).astype(dtype)
 
     y: Array = jax.checkpoint(formula)(constants, x, used, alpha)
     return y, after

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from anact_jax.elementwise import Constants, ExplicitActivation
 from anact_jax.kernels import cpu
 
 
@@ -44,18 +43,12 @@ def sums(
     return found
 
 
-def scaled(
-    g: ExplicitActivation,
-    constants: Constants,
-    x: Array,
-    factor: Array,
-    shift: Array,
-    *,
-    feature_axes: tuple[int, ...],
-) -> Array:
-    """`factor * (g(constants, x) - shift)`, with factor and shift of x's number of axes."""
-    formula = cpu.scaled if _for_cpu(x, feature_axes) else cpu.formula
-    return formula(g, constants, x, factor, shift)
+def scaling(x: Array, feature_axes: tuple[int, ...]) -> Callable[..., Array]:
+    """The function `(g, constants, x, factor, shift) -> factor * (g(constants, x) - shift)` for such an x.
+
+    It takes factor and shift with x's number of axes.
+    """
+    return cpu.scaled if _for_cpu(x, feature_axes) else cpu.formula
 
 
 def _for_cpu(x: Array, feature_axes: tuple[int, ...]) -> bool:

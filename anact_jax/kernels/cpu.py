@@ -52,7 +52,7 @@ def sums(
 
 
 def formula(g: ExplicitActivation, constants: Constants, x: Array, factor: Array, shift: Array) -> Array:
-    """`anact_jax.kernels.scaled` as it is written."""
+    """What `anact_jax.kernels.scaling` promises, as it is written."""
     return factor * (g(constants, x) - shift)
 
 
