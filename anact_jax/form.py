@@ -20,7 +20,7 @@ _UNWRITTEN_EPSILON = 1e-6  # what a text without `eps` means, for ever
 class Form:
     """Which normalized activation: `factor * (f(x) - shift)`, with factor and shift by these options.
 
-    A form is hashable, and checked when it is made. Functions, modules and programs that take one take its text as well.
+    A form is hashable, and checked when it is made. What takes a form takes its text as well.
 
     Attributes:
         rule: how factor and shift follow from the statistics; one of `RULES`, see `anact_jax.normalization`.

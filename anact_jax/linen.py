@@ -29,8 +29,8 @@ class ANAct(nn.Module):
     layer already applies the gain it compensates for.
 
     Attributes:
-        fn: any elementwise JAX function, or a Linen module that is one, such as `nn.PReLU()`. A function that closes over
-            a parameter is differentiated in it, through the statistics as well.
+        fn: any elementwise JAX function, or a Linen module that is one, such as `nn.PReLU()`. A function that closes
+            over a parameter is differentiated in it, through the statistics as well.
         form: a `Form` or its text: `"default"`, `"published"`, or options as in `"forward+center+unit+diff+feature"`.
         momentum: `new = momentum * old + (1 - momentum) * batch`; see `anact_jax.update_stats`. It may be traced.
         use_running_average: inference (True) or training (False), here or in the call.

@@ -85,7 +85,7 @@ def restored(saved: Mapping[str, Any], fresh: Mapping[str, Any], *, start_anew: 
         missing = [name for name in fresh if name not in saved]
         if missing and not start_anew:
             raise ValueError(
-                f"the saved statistics have no {', '.join('/'.join((*path, str(name))) for name in missing)}, which the "
+                f"the saved statistics have no {', '.join('/'.join((*path, name)) for name in missing)}, which the "
                 "model's form uses; start_anew=True starts them anew, or make the layer with the form it was saved with"
             )
         found = {

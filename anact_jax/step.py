@@ -216,11 +216,10 @@ def _step(
         batch = measure(g, constants, x, axes, mask, shards, form.moments)
         sound, varied = judge(batch, x.dtype)
         told = functools.reduce(jnp.logical_and, varied.values(), sound & (batch.count > 0))
-        # NaN where it is degenerate, by a division, which XLA computes once; all else it would compute again, in each of the
-        # many kernels that take a moment.
-        batch = batch._replace(
-            **{name: getattr(batch, name) * told.astype(wide) / told.astype(wide) for name in form.moments}
-        )
+        # Where it is degenerate, 0 / 0 is NaN. XLA computes a division once, and all else anew in each of the many kernels
+        # that take a moment.
+        one = told.astype(wide)
+        batch = batch._replace(**{name: getattr(batch, name) * one / one for name in form.moments})
         if update:
             after = moved(running, batch, told, momentum)
         if not use_running_average:
