@@ -136,9 +136,9 @@ def while_tracing(compute: Callable[..., T], f: Activation, *numbers: float) -> 
         constants = traced(f, jnp.zeros(_ANY_LENGTH))[1]
     except (TypeError, ValueError) as error:
         raise type(error)(
-            f"an activation must take arrays of any shape; this one refuses shape ({_ANY_LENGTH},): {error}. A slope for "
-            "each channel is not supported, since the statistics of f under a normal input are those of one function: "
-            "give the layer one slope, or each group of channels a layer of its own"
+            f"an activation must take arrays of any shape; this one refuses shape ({_ANY_LENGTH},): {error}. A slope "
+            "for each channel is not supported, since the statistics of f under a normal input are those of one "
+            "function: give the layer one slope, or each group of channels a layer of its own"
         ) from error
     if any(isinstance(value, jax.core.Tracer) for value in constants):
         return compute(f, *numbers)

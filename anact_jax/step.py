@@ -216,8 +216,8 @@ def _step(
         batch = measure(g, constants, x, axes, mask, shards, form.moments)
         sound, varied = judge(batch, x.dtype)
         told = functools.reduce(jnp.logical_and, varied.values(), sound & (batch.count > 0))
-        # Where it is degenerate, 0 / 0 is NaN. XLA computes a division once, and all else anew in each of the many kernels
-        # that take a moment.
+        # Where it is degenerate, 0 / 0 is NaN. XLA computes a division once, and all else anew in each of the many
+        # kernels that take a moment.
         one = told.astype(wide)
         batch = batch._replace(**{name: getattr(batch, name) * one / one for name in form.moments})
         if update:
