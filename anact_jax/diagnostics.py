@@ -1,33 +1,29 @@
-"""What the layers of a model do: gains from its state, variances of signals and gradients from a batch.
+"""What the layers of a model do: gains, from its state or on a batch, and variances of signals and gradients.
 
 Rows of numbers come out, one a layer, as NamedTuples that pass through `jax.jit` and `jax.vmap`; `table` makes
-text of them, `draw` a picture.
+text of them, `anact_jax.plots.draw` a picture.
 """
 
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 import anact_jax.nnx
+from anact_jax import linen
 from anact_jax.elementwise import wide_dtype
 from anact_jax.export import constants, running_stats
 from anact_jax.factors import Normalization, gains, normalization
 from anact_jax.form import DEFAULT, Form
-from anact_jax.statistics import Stats
+from anact_jax.statistics import MOMENTS, Stats, activation_stats
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Tap: TypeAlias = Callable[[str, Array, Array], Array]
-Over: TypeAlias = Literal["depth", "training"]
+Tap: TypeAlias = Callable[[Any, str, Array, Array], Array]
 
 LAYERS: tuple[type, ...] = (
     *(nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTranspose),
@@ -35,7 +31,8 @@ LAYERS: tuple[type, ...] = (
 )
 """Layers with weights, whose outputs are the signals z_l of docs/method.md."""
 
-_LINES_IN_LEGEND = 8
+ACTIVATIONS: tuple[type, ...] = (linen.ANAct, anact_jax.nnx.ANAct)
+"""Normalized activations."""
 
 
 @jax.tree_util.register_static
@@ -103,8 +100,14 @@ class LayerPass(NamedTuple):
 Rows: TypeAlias = Sequence[LayerGains] | Sequence[LayerVariances]
 
 
-def gains_of(name: str, stats: Stats, numbers: Normalization) -> LayerGains:
+def _row(name: str, form: Form, stats: Stats, numbers: Normalization) -> LayerGains:
     """The row of an activation with these statistics that is normalized by these numbers."""
+    missing = [moment for moment in MOMENTS if getattr(stats, moment) is None]
+    if missing:
+        raise ValueError(
+            f"the state of {name} has no {', '.join(missing)} to tell gains by, since form {form} does not use them; "
+            "measure gains on a batch: anact_jax.diagnostics.gains_on_batch(loss)"
+        )
     factor, shift = numbers
     bare, shifted = gains(stats), gains(stats, shift=shift)
     columns = (factor**2 * shifted.forward, factor**2 * shifted.backward, factor, shift, *bare)
@@ -156,7 +159,7 @@ def linen_gains(
         collection: see `linen_layers`.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: there is no such layer, or its form does not use all moments; see `gains_on_batch`.
 
     >>> from anact_jax.linen import NSwish
     >>> model = nn.Sequential([nn.Dense(8), NSwish(use_running_average=True)])
@@ -171,23 +174,23 @@ def linen_gains(
             f"no statistics of normalized activations in collection {collection!r} of variables with "
             f"{', '.join(variables) or 'no collections'}; give what model.init returned and training updated"
         )
-    return tuple(gains_of(name, *layer) for name, layer in layers.items())
+    return tuple(_row(name, form, *layer) for name, layer in layers.items())
 
 
 def nnx_gains(model: nnx.Module) -> tuple[LayerGains, ...]:
     """Gains, factor and shift of every normalized activation of an NNX model, as `linen_gains` of a Linen one.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: as `linen_gains`.
 
     >>> row, = nnx_gains(anact_jax.nnx.NReLU(form=DEFAULT.replace(nonlinearity=None)))
     >>> round(float(row.forward), 3), round(float(row.factor), 3)
-    (1.0, 1.713)
+    (0.841, 1.571)
     """
-    layers = _nnx_modules(model, (anact_jax.nnx.ANAct,))
+    layers = _modules(model, (anact_jax.nnx.ANAct,))
     if not layers:
         raise ValueError(f"no normalized activations in {type(model).__name__}; expected some anact_jax.nnx.ANAct")
-    return tuple(gains_of(name, running_stats(layer), constants(layer)) for name, layer in layers)
+    return tuple(_row(name, layer.form, running_stats(layer), constants(layer)) for name, layer in layers)
 
 
 def pass_through(loss: Callable[..., Any], layers: tuple[type, ...] = LAYERS) -> Callable[..., tuple[LayerPass, ...]]:
@@ -215,44 +218,51 @@ def pass_through(loss: Callable[..., Any], layers: tuple[type, ...] = LAYERS) ->
     >>> passed.name, passed.entering.tolist(), passed.signal.tolist(), passed.gradient.tolist()
     ('Dense', [[1.0, 2.0]], [[3.0, 3.0, 3.0]], [[1.0, 1.0, 1.0]])
     """
+    through = _through(loss, layers, lambda module, name, entering: entering)
 
     def measure(*args: Any) -> tuple[LayerPass, ...]:
-        run = _tappable(loss, args, layers)
-        names: list[str] = []
-        shapes: list[tuple[jax.ShapeDtypeStruct, ...]] = []
+        return tuple(LayerPass(*found) for found in through(*args))
 
-        def note(name: str, entering: Array, signal: Array) -> Array:
-            names.append(name)
-            before, after = (jax.ShapeDtypeStruct(value.shape, signal.dtype) for value in (entering, signal))
-            shapes.append((before, after, after, jax.ShapeDtypeStruct((), signal.dtype)))
-            return signal
+    return measure
 
-        result = jax.eval_shape(lambda: run(note))
-        if getattr(result, "shape", None) != () or not jnp.issubdtype(result.dtype, jnp.floating):
-            raise TypeError(
-                f"the loss must be one real number, got {result}; where it comes with others, take it out, as in "
-                "lambda *args: loss(*args)[0]"
-            )
-        if not names:
-            kinds = ", ".join(dict.fromkeys(layer.__name__ for layer in layers))
-            raise ValueError(
-                f"no layer ran that is one of {kinds}; let loss run a Linen model, or take an NNX model as an "
-                "argument, and name layers of other types by layers=(...). What jax.jit compiled before stays hidden"
-            )
 
-        def probed(probes: list[Any]) -> Any:
-            remaining = iter(probes)
-            return run(lambda name, entering, signal: _tap(next(remaining), entering, signal))
+def gains_on_batch(
+    loss: Callable[..., Any], layers: tuple[type, ...] = ACTIVATIONS
+) -> Callable[..., tuple[LayerGains, ...]]:
+    """Gains of every normalized activation on the batch that `loss` runs it on, whatever its form keeps in its state.
 
-        found = jax.grad(probed)(jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes))
+    Args:
+        loss: see `pass_through`.
+        layers: types of the modules to measure. One that is no `ANAct` must have its activation as `fn`, which has
+            factor 1 and shift 0.
 
-        def once(values: Array, calls: Array) -> Array:
-            return jnp.where(calls == 1, values, jnp.nan)
+    Returns:
+        A function of loss's arguments; what it returns has a row for each call of such a layer, in the order of
+        execution, with the factor and shift that its running statistics give. Compile it by `jax.jit`.
 
-        return tuple(
-            LayerPass(Name(name), *(once(value, calls) for value in values))
-            for name, (*values, calls) in zip(names, found, strict=True)
-        )
+    Raises:
+        TypeError, ValueError: see `pass_through`.
+
+    >>> model = nn.Sequential([nn.Dense(8), linen.NSwish(form="forward+center", use_running_average=True)])
+    >>> x = jax.random.normal(jax.random.key(0), (64, 4))
+    >>> variables = model.init(jax.random.key(1), x)
+    >>> measure = jax.jit(gains_on_batch(lambda variables, x: jnp.sum(model.apply(variables, x))))
+    >>> [row.name for row in measure(variables, x)]
+    ['layers_1']
+    """
+
+    def row(module: Any, name: str, entering: Array) -> LayerGains:
+        numbers, f, axes = Normalization(jnp.ones(()), jnp.zeros(())), module.fn, ()
+        form = DEFAULT
+        if isinstance(module, ACTIVATIONS):
+            form = Form.parse(module.form)
+            numbers, f, axes = constants(module), module.activation, form.axes
+        return _row(name, form, activation_stats(f, entering, feature_axes=axes), numbers)
+
+    through = _through(loss, layers, row)
+
+    def measure(*args: Any) -> tuple[LayerGains, ...]:
+        return tuple(found for _, found, _, _ in through(*args))
 
     return measure
 
@@ -310,85 +320,65 @@ def table(rows: Rows) -> str:
     )
 
 
-def draw(records: Mapping[Any, Rows], *, over: Over = "depth") -> "Figure":
-    """A picture of rows that were recorded at several steps, or of several models: a panel for each number.
+def _through(
+    loss: Callable[..., Any], layers: tuple[type, ...], of: Callable[[Any, str, Array], Any]
+) -> Callable[..., list[tuple[Name, Any, Array, Array]]]:
+    """For each call of a layer its name, what `of` makes of it, its output, and the gradient in that."""
 
-    Args:
-        records: label, such as the training step or the model's name -> rows.
-        over: `"depth"` draws numbers over layers, a line for each record; `"training"` draws them over
-            the labels, which must be numbers then, a line for each layer. Of many lines the legend names some.
+    def measure(*args: Any) -> list[tuple[Name, Any, Array, Array]]:
+        run = _tappable(loss, args, layers)
+        names: list[Name] = []
+        shapes: list[Any] = []
 
-    Returns:
-        A matplotlib figure; `figure.savefig("picture.png")` writes it.
+        def note(module: Any, name: str, entering: Array, signal: Array) -> Array:
+            names.append(Name(name))
+            given = (of(module, name, entering), signal, signal, jnp.zeros((), signal.dtype))
+            shapes.append(jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), given))
+            return signal
 
-    Raises:
-        ImportError: matplotlib is not installed.
-        TypeError: over training with labels that are not numbers.
-        ValueError: nothing to draw, rows of different kinds, or `over` is unknown.
+        result = jax.eval_shape(lambda: run(note))
+        if getattr(result, "shape", None) != () or not jnp.issubdtype(result.dtype, jnp.floating):
+            raise TypeError(
+                f"the loss must be one real number, got {result}; where it comes with others, take it out, as in "
+                "lambda *args: loss(*args)[0]"
+            )
+        if not names:
+            kinds = ", ".join(dict.fromkeys(layer.__name__ for layer in layers))
+            raise ValueError(
+                f"no layer ran that is one of {kinds}; let loss run a Linen model, or take an NNX model as an "
+                "argument, and name layers of other types by layers=(...). What jax.jit compiled before stays hidden"
+            )
 
-    >>> rows = {step: [LayerVariances("Dense_0", jnp.array(1.0), jnp.array(1.0 + step))] for step in (0, 100)}
-    >>> [panel.get_title() for panel in draw(rows, over="training").axes]
-    ['signal', 'gradient']
-    """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
-    if over not in get_args(Over):
-        raise ValueError(f"unknown over {over!r}; expected one of {', '.join(get_args(Over))}")
-    fields = {rows[0]._fields for rows in records.values() if rows}
-    if len(fields) != 1 or not all(records.values()):
-        raise ValueError(
-            f"draw needs records with rows of one kind in each, got {len(records)} records of {len(fields)} kinds"
-        )
-    if over == "training" and not all(isinstance(label, int | float) for label in records):
-        raise TypeError(f"over training the labels must be numbers, such as steps, got {', '.join(map(repr, records))}")
-    if over == "training" and len({len(rows) for rows in records.values()}) != 1:
-        raise ValueError("over training all records must have as many layers, those of one model")
+        def probed(probes: list[Any]) -> Any:
+            remaining = iter(probes)
+            return run(lambda module, name, entering, signal: _tap(next(remaining), of(module, name, entering), signal))
 
-    numbers = next(iter(fields))[1:]
-    figure = Figure(figsize=(1 + 3.4 * len(numbers), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(numbers), squeeze=False)[0]
-    for panel, field in zip(panels, numbers, strict=True):
-        values = {label: [float(getattr(row, field)) for row in rows] for label, rows in records.items()}
-        if over == "depth":
-            lines = [(str(label), list(range(1, len(line) + 1)), line) for label, line in values.items()]
-        else:
-            names = [row.name for row in next(iter(records.values()))]
-            by_layer = zip(names, zip(*values.values(), strict=True), strict=True)
-            lines = [(name, list(values), line) for name, line in by_layer]
-        shown = set(np.linspace(0, len(lines) - 1, min(len(lines), _LINES_IN_LEGEND)).round())
-        for index, (label, places, line) in enumerate(lines):
-            color = mpl.colormaps["viridis"](0.9 * index / max(1, len(lines) - 1))
-            panel.plot(places, line, ".-", color=color, label=label if index in shown else None)
-        finite = [number for line in values.values() for number in line if np.isfinite(number)]
-        if finite and 0 <= 10 * min(finite) < max(finite):  # over decades
-            panel.set_yscale("log")
-        panel.set(title=field.replace("_", " "), xlabel="layer, from input to output" if over == "depth" else "step")
-        panel.grid(alpha=0.3)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper")
-    return figure
+        found = jax.grad(probed)(jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes))
+        return [
+            (name, *jax.tree.map(lambda value, calls=calls: jnp.where(calls == 1, value, jnp.nan), values))
+            for name, (*values, calls) in zip(names, found, strict=True)
+        ]
+
+    return measure
 
 
 @jax.custom_vjp
-def _tap(probe: tuple[Array, Array, Array, Array], entering: Array, signal: Array) -> Array:
-    """Signal as it is; the cotangent of its probe is what passed, and a 1 that counts the calls."""
-    del probe, entering
+def _tap(probe: tuple[Any, Array, Array, Array], seen: Any, signal: Array) -> Array:
+    """Signal as it is; the cotangent of its probe is what was seen and what passed, and a 1 that counts the calls."""
+    del probe, seen
     return signal
 
 
-def _tap_forward(probe: tuple[Array, Array, Array, Array], entering: Array, signal: Array) -> tuple[Array, Any]:
+def _tap_forward(probe: tuple[Any, Array, Array, Array], seen: Any, signal: Array) -> tuple[Array, Any]:
     del probe
-    return signal, (entering, signal)
+    return signal, (seen, signal)
 
 
-def _tap_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[tuple[Array, ...], Array, Array]:
-    entering, signal = saved
+def _tap_backward(saved: tuple[Any, Array], gradient: Array) -> tuple[tuple[Any, ...], Any, Array]:
+    seen, signal = saved
     # Depends on the gradient in form only, so that `vmap` counts each of its calls.
     one = jnp.where(jnp.isnan(jnp.sum(gradient)), 1, 1).astype(signal.dtype)
-    return (entering, signal, gradient, one), jnp.zeros_like(entering), gradient
+    return (seen, signal, gradient, one), jax.tree.map(jnp.zeros_like, seen), gradient
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
@@ -402,12 +392,13 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
         def on_call(call: Callable[..., Any], given: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             output, module = call(*given, **kwargs), context.module
             if isinstance(module, layers) and context.method_name == "__call__":
-                return tap("/".join(module.path) or type(module).__name__, *_before_and_after(given, kwargs, output))
+                name = "/".join(module.path) or type(module).__name__
+                return tap(module, name, _entering(given, kwargs), output)
             return output
 
         fresh = [nnx.clone(leaf) if isinstance(leaf, nnx.Module) else leaf for leaf in leaves]
         for model in fresh:
-            for name, module in _nnx_modules(model, layers) if isinstance(model, nnx.Module) else []:
+            for name, module in _modules(model, layers) if isinstance(model, nnx.Module) else []:
                 _tap_calls(module, name, tap)
         with nn.intercept_methods(on_call):
             return loss(*jax.tree.unflatten(treedef, fresh))
@@ -419,17 +410,17 @@ def _tap_calls(module: Any, name: str, tap: Tap) -> None:
     kind = type(module)
 
     def call(self: Any, *given: Any, **kwargs: Any) -> Any:
-        return tap(name, *_before_and_after(given, kwargs, kind.__call__(self, *given, **kwargs)))
+        return tap(self, name, _entering(given, kwargs), kind.__call__(self, *given, **kwargs))
 
     module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
 
 
-def _before_and_after(given: Sequence[Any], kwargs: Mapping[str, Any], output: Array) -> tuple[Array, Array]:
-    entering = next(itertools.chain(given, kwargs.values()))
-    return jax.lax.stop_gradient(jnp.asarray(entering).astype(output.dtype)), output
+def _entering(given: Sequence[Any], kwargs: Mapping[str, Any]) -> Array:
+    entering: Array = jax.lax.stop_gradient(jnp.asarray(next(itertools.chain(given, kwargs.values()))))
+    return entering
 
 
-def _nnx_modules(model: nnx.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
+def _modules(model: nnx.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
     """Modules of these kinds within a model, by name, in the natural order of names."""
     found = ((path, node) for path, node in nnx.iter_graph(model) if isinstance(node, kinds))
     ordered = sorted(found, key=lambda each: [_natural(str(part)) for part in each[0]])

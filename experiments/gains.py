@@ -1,6 +1,5 @@
 """What the activations of a Linen network do to variance, layer by layer."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from anact_jax import Form, Normalization, activation_stats
-from anact_jax.diagnostics import LayerGains, gains_of, linen_layers
-from anact_jax.export import constants
+from anact_jax import Form
+from anact_jax.diagnostics import LayerGains, gains_on_batch, linen_layers
 from anact_jax.linen import ANAct
-from experiments.models import Plain, on_each
+from experiments.models import Plain
 
 
 def layer_gains(
@@ -23,23 +21,11 @@ def layer_gains(
 ) -> list[LayerGains]:
     """Gains of every activation, plain ones too, on a batch, in the order in which they run, in inference mode."""
 
-    def measure(variables: PyTree[Array | np.ndarray], images: Array) -> list[LayerGains]:
-        measured = []
+    def total(variables: PyTree[Array | np.ndarray], images: Array) -> Array:
+        return jnp.sum(model.apply(variables, images, train=False))
 
-        def visit(module: ANAct | Plain, x: Array) -> None:
-            numbers, fn = Normalization(jnp.ones(()), jnp.zeros(())), module.fn
-            feature_axes: Sequence[int] = ()
-            if isinstance(module, ANAct):
-                numbers, fn, feature_axes = constants(module), module.activation, Form.parse(module.form).axes
-            measured.append(
-                gains_of("/".join(module.path), activation_stats(fn, x, feature_axes=feature_axes), numbers)
-            )
-
-        with on_each(ANAct | Plain, visit):
-            model.apply(variables, images, train=False)
-        return measured
-
-    rows: list[LayerGains] = jax.device_get(jax.jit(measure)(variables, images))
+    measure = jax.jit(gains_on_batch(total, (ANAct, Plain)))
+    rows: list[LayerGains] = list(jax.device_get(measure(variables, images)))
     return rows
 
 

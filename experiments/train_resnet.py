@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import tyro
 
-from anact_jax.diagnostics import draw
+from anact_jax.plots import draw
 from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, fail, say
 from experiments.config import SETTINGS, TrainConfig, read_settings

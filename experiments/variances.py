@@ -11,7 +11,8 @@ import tyro
 from jaxtyping import Array
 from tyro.conf import Positional
 
-from anact_jax.diagnostics import LayerVariances, draw, table, variances
+from anact_jax.diagnostics import LayerVariances, table, variances
+from anact_jax.plots import draw
 from experiments.checkpoints import CheckpointError
 from experiments.cli import BAD_SETTINGS, FAILED, fail
 from experiments.config import check_positive

@@ -1,7 +1,6 @@
 """Models as strangers write them, seen into with no change; their gradients by plain autodiff beside it."""
 
 import functools
-import sys
 
 import chex
 import flax.linen as nn
@@ -13,8 +12,19 @@ from flax import nnx
 
 import anact_jax.linen
 import anact_jax.nnx
-from anact_jax import PUBLISHED, Stats, activation_stats, gains
-from anact_jax.diagnostics import LayerVariances, draw, linen_gains, nnx_gains, pass_through, table, variances
+from anact_jax import (
+    DEFAULT,
+    PUBLISHED,
+    Form,
+    Stats,
+    activation_stats,
+    anact,
+    gains,
+    initial_stats,
+    normalization,
+    tempered,
+)
+from anact_jax.diagnostics import LayerVariances, gains_on_batch, linen_gains, nnx_gains, pass_through, table, variances
 
 X = 0.5 + jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
 
@@ -175,60 +185,107 @@ def test_losses_that_cannot_be_are_named(loss, error, message):
 
 
 class Three(nn.Module):
-    form: dict
+    form: Form
 
     @nn.compact
     def __call__(self, x, train):
         for index in range(3):
+            form = self.form.replace(learned=index == 2)
             x = nn.Dense(7)(x)
-            x = anact_jax.linen.NGELU(**self.form, learnable=index == 2, use_running_average=not train)(x)
+            x = anact_jax.linen.NGELU(form=form, use_running_average=not train, name=f"act_{index}")(x)
         return x
 
 
+EXACT = PUBLISHED.replace(epsilon=0.0)
+
+
 @pytest.mark.parametrize(
-    "form", [PUBLISHED, pytest.param(PUBLISHED._replace(rule="exact", feature_axes=-1), marks=pytest.mark.slow)]
+    "form",
+    [EXACT, pytest.param(EXACT.replace(rule="exact", feature_axes=-1), marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_linen_gains_after_a_batch_are_those_of_that_batch(form):
-    model, x = Three(form._asdict()), X.reshape(-1, 9)
+    model, x = Three(form), X.reshape(-1, 9)
     variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x)
-    variables["params"]["NGELU_2"]["alpha"] += 0.4
+    variables["params"]["act_2"]["alpha"] += 0.4
     apply = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"], capture_intermediates=True))
     _, updates = apply(variables, x)
     state = {"params": variables["params"], "batch_stats": updates["batch_stats"], "other": {}}
-    rows = linen_gains(state, form)
-    assert [row.name for row in rows] == [f"NGELU_{index}" for index in range(3)]
-    for index, row in enumerate(rows):
-        z, y = (updates["intermediates"][f"{layer}_{index}"]["__call__"][0] for layer in ("Dense", "NGELU"))
-        over = 0 if form.feature_axes else None
+    for index in range(3):
+        own = form.replace(learned=index == 2)
+        part = {kind: {name: state[kind][name] for name in (f"act_{index}",) if name in state[kind]} for kind in state}
+        (row,) = linen_gains(part, own)
+        assert row.name == f"act_{index}"
+        z, y = (updates["intermediates"][f"{layer}_{index}"]["__call__"][0] for layer in ("Dense", "act"))
+        over = 0 if form.axes else None
         np.testing.assert_allclose(row.forward, np.mean(np.mean(y**2, over) / np.var(z, over)), rtol=1e-4)
-        stats = activation_stats(jax.nn.gelu, z, feature_axes=form.feature_axes)
+        stats = activation_stats(jax.nn.gelu, z, feature_axes=form.axes)
         bare = [np.mean(gain) for gain in gains(stats)]
         np.testing.assert_allclose((row.bare_forward, row.bare_backward), bare, rtol=1e-4)
-        if form == PUBLISHED and index != 2:
+        if form == EXACT and not own.learned:
             assert (1 / row.forward + 1 / row.backward) / 2 == pytest.approx(1, rel=1e-5)
-    plain = jax.tree.map(jnp.copy, state)
-    plain["params"]["NGELU_2"]["alpha"] *= 0
-    moved = rows[2].factor - linen_gains(plain, form)[2].factor
-    np.testing.assert_allclose(moved, 0.3 * np.tanh(0.4), rtol=1e-4)
-    one = updates["batch_stats"]["NGELU_0"]
+    (uncorrected,) = linen_gains({"batch_stats": part["batch_stats"]}, form)
+    np.testing.assert_allclose(row.factor - uncorrected.factor, 0.3 * np.tanh(0.4), rtol=1e-4)
+    one = updates["batch_stats"]["act_0"]
     compiled = jax.jit(functools.partial(linen_gains, form=form))({"batch_stats": {"b_10": one, "b_9": {"act": one}}})
     assert [row.name for row in compiled] == ["b_9/act", "b_10"]
-    chex.assert_trees_all_close(compiled[1][1:], rows[0][1:], rtol=1e-5)
+    (first,) = linen_gains({"batch_stats": {"act_0": one}}, form)
+    chex.assert_trees_all_close(compiled[1][1:], first[1:], rtol=1e-5)
 
 
 def test_nnx_gains_are_linen_s():
-    act = anact_jax.nnx.NSwish(features=5, rule="geometric", learnable=True)
+    form = DEFAULT.replace(rule="geometric", learned=True)
+    act = anact_jax.nnx.NSwish(features=5, form=form)
     act.alpha[...] += 0.2
     model = nnx.Sequential(anact_jax.nnx.NSwish(features=5), act)
     act(X.reshape(-1, 12)[:, :5], use_running_average=False)
     state = {field: getattr(act, field)[...] for field in Stats._fields}
-    form = anact_jax.DEFAULT._replace(rule="geometric")
     gains_in_form = jax.jit(functools.partial(linen_gains, form=form))
     (expected,) = gains_in_form({"batch_stats": {"act": state}, "params": {"act": {"alpha": act.alpha[...]}}})
     first, second = jax.jit(nnx_gains)(model)
     assert (first.name, second.name) == ("layers/0", "layers/1")
     chex.assert_trees_all_close(second[1:], expected[1:], rtol=1e-6)
     assert first.factor != second.factor
+
+
+class TwoKinds(nn.Module):
+    form: str
+
+    @nn.compact
+    def __call__(self, x):
+        act = anact_jax.linen.NSwish(form=self.form, use_running_average=False, name="act")
+        return nn.remat(nn.Dense)(2)(act(nn.Dense(6)(x)))
+
+
+@pytest.mark.parametrize("form", ["forward+center+unit+diff+feature", "default"])
+def test_gains_on_a_batch_are_those_of_its_statistics_for_any_form(form):
+    model, x = TwoKinds(form), X.reshape(-1, 9)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    (row,) = jax.jit(
+        gains_on_batch(lambda variables, x: jnp.sum(model.apply(variables, x, mutable=["batch_stats"])[0]))
+    )(variables, x)
+    z = nn.Dense(6).apply({"params": variables["params"]["Dense_0"]}, x)
+    f, form = tempered(jax.nn.swish, Form.parse(form).nonlinearity), Form.parse(form)
+    _, running = anact(jax.nn.swish, z, initial_stats(jax.nn.swish, form, (6,)), form)
+    factor, shift = normalization(running, form)
+    stats = activation_stats(f, z, feature_axes=-1)
+    after = gains(stats, shift=shift)
+    expected = (factor**2 * after.forward, factor**2 * after.backward, factor, shift, *gains(stats))
+    np.testing.assert_allclose(row[1:], [np.mean(value) for value in expected], rtol=1e-5)
+    layer = anact_jax.nnx.NSwish(6, form=form)
+    (of_nnx,) = jax.jit(gains_on_batch(lambda layer, z: jnp.sum(layer(z, use_running_average=False))))(layer, z)
+    np.testing.assert_allclose(of_nnx[1:], row[1:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["forward+unit", "backward"])
+def test_state_with_few_moments_tells_where_to_measure_gains(form):
+    layer = anact_jax.linen.NSwish(form=form, use_running_average=True)
+    with pytest.raises(
+        ValueError, match=rf"the state of ANAct has no .*form {form.replace('+', '.')} .*gains_on_batch"
+    ):
+        linen_gains(layer.init(jax.random.key(0), X), Form.parse(form))
+    with pytest.raises(ValueError, match="gains_on_batch"):
+        nnx_gains(anact_jax.nnx.NSwish(form=form))
 
 
 def test_models_without_normalized_activations_are_told():
@@ -239,59 +296,16 @@ def test_models_without_normalized_activations_are_told():
         nnx_gains(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 
 
-def rows_at(step, layers=12):
-    return [LayerVariances(f"Dense_{i}", jnp.array(1.0 + i), jnp.array(10.0 ** (i - step))) for i in range(layers)]
-
-
 def test_table_aligns_numbers_under_their_names():
-    assert table(rows_at(20, layers=11)[9:]).splitlines() == [
+    assert table(
+        [
+            LayerVariances("Dense_9", jnp.array(10.0), jnp.array(1e-11)),
+            LayerVariances("Dense_10", jnp.array(11.0), jnp.array(1e-10)),
+        ]
+    ).splitlines() == [
         "layer     signal  gradient",
         "Dense_9       10     1e-11",
         "Dense_10      11     1e-10",
     ]
     with pytest.raises(ValueError, match="at least one row"):
         table([])
-
-
-def test_pictures_over_depth_and_over_training(tmp_path):
-    records = {step: rows_at(step) for step in (0, 5, 10)}
-    over_depth, over_training = draw(records), draw(records, over="training")
-    assert [len(panel.lines) for panel in over_depth.axes] == [3, 3]
-    assert [len(panel.lines) for panel in over_training.axes] == [12, 12]
-    line = over_depth.axes[1].lines[1]
-    np.testing.assert_allclose(line.get_ydata(), [10.0 ** (i - 5) for i in range(12)], rtol=1e-6)
-    np.testing.assert_array_equal(over_training.axes[1].lines[3].get_xdata(), [0, 5, 10])
-    assert [text.get_text() for text in over_depth.legends[0].get_texts()] == ["0", "5", "10"]
-    assert len(over_training.legends[0].get_texts()) == 8
-    assert over_depth.axes[1].get_yscale() == "log"
-    over_depth.savefig(tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
-
-
-def test_picture_of_gains_has_a_panel_for_each_number():
-    rows = nnx_gains(anact_jax.nnx.NSwish())
-    figure = draw({"swish": [*rows, rows[0]._replace(shift=-rows[0].shift, factor=20 * rows[0].factor)]})
-    titles = [panel.get_title() for panel in figure.axes]
-    assert titles == ["forward", "backward", "factor", "shift", "bare forward", "bare backward"]
-    assert [panel.get_yscale() for panel in figure.axes] == ["linear", "linear", "log", "linear", "linear", "linear"]
-
-
-@pytest.mark.parametrize(
-    ("records", "over", "error", "message"),
-    [
-        ({}, "depth", ValueError, "got 0 records"),
-        ({"a": rows_at(0), "b": []}, "depth", ValueError, "got 2 records of 1 kinds"),
-        ({"a": rows_at(0)}, "width", ValueError, "unknown over 'width'; expected one of depth, training"),
-        ({"a": rows_at(0)}, "training", TypeError, "must be numbers, such as steps, got 'a'"),
-        ({0: rows_at(0), 1: rows_at(0, 3)}, "training", ValueError, "as many layers"),
-    ],
-)
-def test_what_cannot_be_drawn_is_named(records, over, error, message, unchecked_types):
-    with pytest.raises(error, match=message):
-        draw(records, over=over)
-
-
-def test_without_matplotlib_pictures_say_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        draw({0: rows_at(0)})

@@ -76,7 +76,10 @@ def _messages(channels: list[int], devices: int) -> list[tuple[int, int]]:
         return [(0, 0)] * 3
     few = devices <= FEW_SHARDS
     return [
-        (layers if few else 2 * layers, (total * moments + layers) * devices if few else total * (moments + 2) + layers),
+        (
+            layers if few else 2 * layers,
+            (total * moments + layers) * devices if few else total * (moments + 2) + layers,
+        ),
         (1, (moments + 1) * total),
         (layers, 2 * total),
     ]

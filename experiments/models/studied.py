@@ -76,9 +76,7 @@ def normalized(
     if tempering == "scale":
         scaled = InputScaled(fn, gaussian_scale(fn, limit))
         return lambda inference: act(scaled, inference)
-    return lambda inference: MeasuredScale(
-        functools.partial(act, inference=inference), fn, limit, adapts=not inference
-    )
+    return lambda inference: MeasuredScale(functools.partial(act, inference=inference), fn, limit, adapts=not inference)
 
 
 @dataclasses.dataclass(frozen=True)
