@@ -16,7 +16,7 @@ _IN_CACHE = 2**17  # elements that a CPU takes at a time
 
 def worthwhile(x: Array, feature_axes: tuple[int, ...]) -> bool:
     """Whether the functions here serve such a batch, and are faster than XLA's way: it is larger than the cache."""
-    return x.ndim >= 2 and feature_axes in ((), (x.ndim - 1,)) and x.size > 4 * _IN_CACHE
+    return x.ndim >= 2 and feature_axes in ((), (x.ndim - 1,)) and x.size >= 4 * _IN_CACHE
 
 
 def sums(
@@ -46,7 +46,8 @@ def sums(
 
     like = jax.eval_shape(part, 0)
     # Zeros that differ between devices as x does, as far as `shard_map` can tell.
-    start = [jnp.where(x[:, 0] == 0, jnp.zeros(term.shape, term.dtype), 0) for term in like]
+    none = jnp.where(x[0, 0, 0, 0] == 0, 0, 0)
+    start = [jnp.broadcast_to(none.astype(term.dtype), term.shape) for term in like]
     found: Sequence[Array] = jax.lax.fori_loop(0, shape[1], add, start)
     return [jnp.sum(total, axis=(0, 1) if feature_axes else None) for total in found]
 
@@ -56,7 +57,10 @@ def formula(g: ExplicitActivation, constants: Constants, x: Array, factor: Array
     return factor * (g(constants, x) - shift)
 
 
-scaled = jax.custom_jvp(formula, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def scaled(g: ExplicitActivation, constants: Constants, x: Array, factor: Array, shift: Array) -> Array:
+    """`formula`, for a CPU."""
+    return _computed_once(formula(g, constants, x, factor, shift))
 
 
 @scaled.defjvp
@@ -66,7 +70,7 @@ def _scaled_jvp(g: ExplicitActivation, primals: tuple[Any, ...], tangents: tuple
     It then shares nothing of x's size with the derivative in x.
     """
     constants, x, *numbers = primals
-    y, along_x = jax.jvp(lambda *free: formula(g, *free, *numbers), (constants, x), tangents[:2])
+    along_x = jax.jvp(lambda *free: formula(g, *free, *numbers), (constants, x), tangents[:2])[1]
 
     def along_numbers(x: Array, *arrays: Array) -> Array:
         own = (axis for axis in range(x.ndim) if any(array.shape[axis] != 1 for array in arrays))
@@ -80,4 +84,14 @@ def _scaled_jvp(g: ExplicitActivation, primals: tuple[Any, ...], tangents: tuple
         return change
 
     ways = {"cpu": along_numbers, "default": at_once}
-    return y, along_x + jax.lax.platform_dependent(x, *numbers, *tangents[2:], **ways)
+    return scaled(g, *primals), along_x + jax.lax.platform_dependent(x, *numbers, *tangents[2:], **ways)
+
+
+def _computed_once(y: Array) -> Array:
+    """y, which the gradient of a convolution behind it would compute anew for each transpose that it takes of y.
+
+    XLA never computes a division by an array twice, so there is one, by a 1 that it cannot see.
+    """
+    ways = {"cpu": lambda y: y / jnp.where(y == y, 1, 2).astype(y.dtype), "default": lambda y: y}
+    once: Array = jax.lax.platform_dependent(y, **ways)
+    return once
