@@ -56,8 +56,7 @@ def gains(stats: Stats, *, shift: Float[Array, "*features"] | float = 0.0) -> Ga
     second_moment = var_out + (mean_out - shift) ** 2
     has_variance = var_in > 0
     ratio = second_moment / jnp.where(has_variance, var_in, 1)
-    largest = jnp.finfo(ratio.dtype).max
-    return Gains(jnp.where(has_variance, jnp.minimum(ratio, largest), 1), slope_sq)
+    return Gains(jnp.where(has_variance, _bounded(ratio), 1), slope_sq)
 
 
 def normalization(
@@ -126,13 +125,14 @@ def normalization(
     square, varies, sloped = var_out + (mu - shift) ** 2, var_in > 0, slope_sq > 0
     input_square = jnp.where(varies, var_in + epsilon["var_in"], 1)
     # 1 / rho and 1 / rho'
-    forward = jnp.where(varies, input_square * _inverse(jnp.where(square > 0, square + form.epsilon, 1)), 1)
+    forward = input_square * _inverse(jnp.where(square > 0, square + form.epsilon, 1))
+    forward = jnp.where(varies, _bounded(forward), 1)
     backward = _inverse(jnp.where(sloped, slope_sq + epsilon["slope_sq"], 1))
     forward = jnp.where(square > 0, forward, backward)
     backward = jnp.where(sloped, backward, forward)
     match form.rule:
         case "mean":
-            squared = (forward + backward) / 2
+            squared = forward / 2 + backward / 2
         case "forward":
             squared = forward
         case "backward" | "exact":
@@ -140,9 +140,9 @@ def normalization(
         case "geometric":
             squared = jnp.sqrt(forward) * jnp.sqrt(backward)
         case "harmonic":
-            squared = 2 * _inverse(_inverse(forward) + _inverse(backward))
+            squared = _inverse(_inverse(forward) / 2 + _inverse(backward) / 2)
     if form.reference == "unit":
-        squared = squared * _inverse(input_square)
+        squared = _bounded(squared * _inverse(input_square))
     factor = jnp.sqrt(squared)
     if alpha is not None:
         factor = factor + correction(alpha.astype(factor.dtype))
@@ -160,14 +160,18 @@ def correction(alpha: Float[Array, "*features"]) -> Float[Array, "*features"]:
 
 @jax.custom_jvp
 def _inverse(value: Array) -> Array:
-    """1 / value, whose derivative takes no division of its own: XLA's CPU backend compiles a kernel for each."""
-    return 1 / value
+    """1 / value. Its derivative takes no division of its own: XLA's CPU backend compiles a kernel for each."""
+    return _bounded(1 / value)
 
 
 @_inverse.defjvp
 def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     inverse = _inverse(*primals)
     return inverse, -(inverse**2) * tangents[0]
+
+
+def _bounded(value: Array) -> Array:
+    return jnp.minimum(value, jnp.finfo(value.dtype).max)
 
 
 def _moments(stats: Stats, names: tuple[str, ...], why: str) -> list[Array]:

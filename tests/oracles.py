@@ -46,6 +46,7 @@ VALUE_AND_SLOPE = {
     "gelu": _gelu,
     "mish": _mish,
 }
+VALUE_AND_SLOPE["silu"] = VALUE_AND_SLOPE["swish"]
 
 
 def stats(name, x, axes=None, mask=None):

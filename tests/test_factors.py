@@ -8,8 +8,19 @@ import oracles
 import pytest
 from jax.test_util import check_grads
 
-from anact_jax import ACTIVATIONS, REFERENCES, RULES, Stats, activation_stats, gains, gaussian_stats, normalization
+from anact_jax import (
+    ACTIVATIONS,
+    PUBLISHED,
+    REFERENCES,
+    RULES,
+    Stats,
+    activation_stats,
+    gains,
+    gaussian_stats,
+    normalization,
+)
 
+PLAIN = PUBLISHED.replace(epsilon=0.0)
 ALL_OPTIONS = list(itertools.product(RULES, (False, True), REFERENCES))
 NAMED = ["relu", "leaky_relu", "elu", "tanh", "sigmoid", "softplus", "swish", "gelu", "mish"]
 
@@ -18,8 +29,8 @@ def make_stats(*values):
     return Stats(*(jnp.asarray(value, jnp.float32) for value in values))
 
 
-def gains_after(stats, **options):
-    factor, shift = normalization(stats, **options)
+def gains_after(stats, form):
+    factor, shift = normalization(stats, form)
     return [float(factor**2 * gain) for gain in gains(stats, shift=shift)]
 
 
@@ -95,33 +106,62 @@ def test_a_gain_of_zero_leaves_the_other_to_decide(rule):
     np.testing.assert_allclose(normalization(flat, PLAIN.replace(rule=rule)).factor, 2.0)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
 @pytest.mark.parametrize(("rule", "center", "reference"), ALL_OPTIONS)
-def test_gradients_against_finite_differences(rule, center, reference):
+def test_gradients_against_finite_differences(rule, center, reference, epsilon):
     with jax.enable_x64(True):
         stats = [jnp.asarray(value) for value in (0.1, 1.3, 0.35, 0.4, 0.6)]
+        form = PUBLISHED.replace(rule=rule, center=center, reference=reference, epsilon=epsilon)
 
         def f(*values):
-            count = jnp.ones(())
-            return tuple(
-                normalization(Stats(count, *map(jnp.asarray, values)), PLAIN.replace(rule=rule, center=center, reference=reference))
-            )
+            return tuple(normalization(Stats(jnp.ones(()), *map(jnp.asarray, values)), form))
 
         check_grads(f, stats, order=1, modes=("fwd", "rev"))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_gradients_are_finite_at_degenerate_points(rule):
+    form = PLAIN.replace(rule=rule, reference="unit")
     for values in [(9, 0, 0, 0, 0, 0), (9, 0, 1, 0, 0, 0), (9, 0, 1, 0, 1, 1), (9, 2, 0, 1, 0, 1)]:
         stats = make_stats(*values)
         for output in (0, 1):
-            gradient = jax.grad(lambda s, i=output: normalization(s, PLAIN.replace(rule=rule, reference="unit"))[i])(stats)
+            gradient = jax.grad(lambda s, i=output: normalization(s, form)[i])(stats)
             chex.assert_tree_all_finite(gradient)
 
 
-@pytest.mark.usefixtures("unchecked_types")
-def test_unknown_names_are_refused_with_the_known_ones():
-    stats = gaussian_stats(jax.nn.relu)
-    with pytest.raises(ValueError, match="unknown rule 'median'; expected one of mean, forward"):
-        normalization(stats, PLAIN.replace(rule="median"))
-    with pytest.raises(ValueError, match="unknown reference 'output'; expected one of input, unit"):
-        normalization(stats, PLAIN.replace(reference="output"))
+@pytest.mark.parametrize(("rule", "center", "reference"), ALL_OPTIONS)
+def test_epsilon_is_added_to_both_variances_and_the_slope(rule, center, reference):
+    values = (0.1, 0.02, 0.35, 0.004, 0.06)
+    form = PUBLISHED.replace(rule=rule, center=center, reference=reference, epsilon=0.01)
+    factor, shift = normalization(make_stats(1, *values), form)
+    mean_in, var_in, mean_out, var_out, slope_sq = values
+    del mean_in
+    shift_without = normalization(make_stats(1, *values), form.replace(epsilon=0.0)).shift
+    np.testing.assert_allclose(shift, shift_without, rtol=1e-6)
+    square = var_out + (mean_out - float(shift)) ** 2 + 0.01
+    forward, backward = (var_in + 0.01) / square, 1 / (slope_sq + 0.01)
+    squared = {
+        "mean": (forward + backward) / 2,
+        "forward": forward,
+        "backward": backward,
+        "geometric": np.sqrt(forward * backward),
+        "harmonic": 2 / (1 / forward + 1 / backward),
+        "exact": backward,
+    }[rule]
+    # Of input that a form does not measure, the variance counts as 1.
+    of_input = var_in + 0.01 if "var_in" in form.moments else 1.0
+    if "var_in" not in form.moments and rule == "forward":
+        squared = 1 / square
+    expected = np.sqrt(squared / (of_input if reference == "unit" else 1.0))
+    np.testing.assert_allclose(factor, expected, rtol=1e-5)
+
+
+def test_alpha_adds_a_bounded_correction_and_belongs_to_learned_forms():
+    stats, learned = gaussian_stats(jax.nn.relu), PUBLISHED.replace(learned=True)
+    plain, alpha = normalization(stats, PUBLISHED), jnp.float32(0.7)
+    chex.assert_trees_all_equal(normalization(stats, learned), plain)
+    factor, shift = normalization(stats, learned, alpha=alpha)
+    np.testing.assert_allclose(factor, plain.factor + 0.3 * np.tanh(0.7), rtol=1e-6)
+    chex.assert_trees_all_equal(shift, plain.shift)
+    with pytest.raises(ValueError, match=r"alpha belongs to a learned form, and mean is none"):
+        normalization(stats, PUBLISHED, alpha=alpha)
