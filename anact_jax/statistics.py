@@ -222,7 +222,7 @@ def informative(batch: Stats) -> Bool[Array, "*features"]:
 
     False where it is degenerate: empty, not finite, or without variance in x or f(x) (constant input, a dead ReLU).
     """
-    moments = [moment for moment in batch[1:] if moment is not None]
+    moments = [moment for moment in batch if moment is not None]
     sound = (batch.count > 0) & jnp.all(jnp.isfinite(jnp.stack(moments)), axis=0)
     for variance in (batch.var_in, batch.var_out):
         if variance is not None:

@@ -1,3 +1,8 @@
+"""Each way of the kernels is the formula, and takes its derivative."""
+
+import functools
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -5,16 +10,18 @@ import numpy as np
 import oracles
 import pytest
 
-import anact_jax.sums
-from anact_jax import Stats, activation_stats
+import anact_jax.kernels.cpu
+from anact_jax import Stats, activation_stats, normalize
+from anact_jax.elementwise import traced
+from anact_jax.kernels import scaling
 
 SHAPES = [(6, 5, 7, 4), (6, 35, 4), (210, 4)]
 
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """As if the processor's cache held 64 elements, so that small batches are summed part by part."""
-    monkeypatch.setattr(anact_jax.sums, "_IN_CACHE", 64)
+    """As if the processor's cache held 16 elements, so that small batches are summed part by part."""
+    monkeypatch.setattr(anact_jax.kernels.cpu, "_IN_CACHE", 16)
     jax.clear_caches()
 
 
@@ -33,7 +40,7 @@ def test_part_by_part_equals_the_oracle(shape, feature_axes, masked, small_parts
     mask = jnp.asarray(rng.random((shape[0], *(1,) * (len(shape) - 1))) < 0.6) if masked else None
     options = {"feature_axes": feature_axes, "mask": mask}
     assert loops(jnp.asarray(x), **options)
-    stats = activation_stats(jax.nn.swish, jnp.asarray(x), **options)
+    stats = jax.jit(lambda x: activation_stats(jax.nn.swish, x, **options))(jnp.asarray(x))
     axes = tuple(range(len(shape) - 1)) if feature_axes else None
     expected = Stats(*oracles.stats("swish", x, axes=axes, mask=mask))
     chex.assert_trees_all_close(stats, jax.tree.map(np.float32, expected), rtol=3e-5)
@@ -72,6 +79,106 @@ def test_under_transformations(small_parts):
         return jax.jit(lambda x: (jax.vmap(jax.value_and_grad(total))(x), of_all(x)))(x)
 
     looping = results()
-    anact_jax.sums._IN_CACHE = 2**17
+    anact_jax.kernels.cpu._IN_CACHE = 2**17
     jax.clear_caches()
     chex.assert_trees_all_close(looping, results(), rtol=1e-4, atol=1e-6)
+
+
+BATCHES = [(), (5,), (4, 3), (3, 2, 2), (2, 3, 4, 5), (0, 3), (4, 0)]
+AXES = {"scalars": (), "one a channel": (-1,), "one an example": (0,), "one an element": tuple(range(4))}
+CASES = [(shape, kind) for shape, kind in itertools.product(BATCHES, AXES) if shape or kind == "scalars"]
+
+
+def formula(f, x, factor, shift):
+    return factor * (f(x) - shift)
+
+
+def some(key, shape, axes):
+    axes = {axis % len(shape) for axis in axes if -len(shape) <= axis < len(shape)}
+    values = tuple(size if axis in axes else 1 for axis, size in enumerate(shape))
+    return [jax.random.normal(k, s) for k, s in zip(jax.random.split(key, 3), (shape, values, values), strict=True)]
+
+
+@pytest.mark.parametrize(("shape", "kind"), CASES)
+def test_both_modes_equal_the_formulas(shape, kind):
+    primals, tangents = (some(jax.random.key(seed), shape, AXES[kind]) for seed in (0, 1))
+    ours, plain = (functools.partial(g, jax.nn.swish) for g in (normalize, formula))
+    forward = [jax.jit(functools.partial(jax.jvp, g))(primals, tangents) for g in (ours, plain)]
+    chex.assert_trees_all_close(*forward, rtol=1e-5)
+    backward = [jax.jit(lambda x, t, g=g: jax.vjp(g, *x)[1](t))(primals, tangents[0]) for g in (ours, plain)]
+    chex.assert_trees_all_close(*backward, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_one_argument_alone_and_second_order(argument):
+    arguments = some(jax.random.key(0), (3, 2, 4), (-1,))
+
+    def loss(g):
+        return lambda *a: jnp.sum(jnp.sin(g(jnp.tanh, *a)))
+
+    for derivative in (jax.grad, jax.hessian):
+        chex.assert_trees_all_close(
+            *(derivative(loss(g), argnums=argument)(*arguments) for g in (normalize, formula)), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_under_vmap():
+    primals, tangents = (
+        [
+            jnp.stack(values)
+            for values in zip(*(some(jax.random.key(seed), (3, 4), (-1,)) for seed in seeds), strict=True)
+        ]
+        for seeds in ((0, 1), (2, 3))
+    )
+
+    def gradient(g):
+        return jax.vmap(lambda *a: jax.vjp(lambda *p: g(jax.nn.gelu, *p), *a[:3])[1](a[3]))(*primals, tangents[0])
+
+    chex.assert_trees_all_close(gradient(normalize), gradient(formula), rtol=1e-5, atol=1e-6)
+
+
+def test_an_activation_that_learns_is_differentiated_too():
+    x, factor, shift = some(jax.random.key(0), (4, 3), (-1,))
+
+    def loss(g, slope):
+        return jnp.sum(g(lambda x: jnp.where(x > 0, x, slope * x), x, factor, shift) ** 2)
+
+    ours, plain = (jax.grad(loss, argnums=1)(g, 0.1) for g in (normalize, formula))
+    np.testing.assert_allclose(ours, plain, rtol=1e-5)
+    assert plain != 0
+
+
+def scaled(f, x, factor, shift):
+    """What a step takes, which on a CPU is computed in a way of its own."""
+    g, constants = traced(f, x)
+    return scaling(x, (x.ndim - 1,))(g, constants, x, factor, shift)
+
+
+@pytest.mark.parametrize("axes", [(-1,), ()])
+@pytest.mark.parametrize("shape", [(6, 5, 7, 4), (35, 4)])
+def test_scaling_for_a_cpu_equals_the_formula(shape, axes, small_parts):
+    primals, tangents = (some(jax.random.key(seed), shape, axes) for seed in (0, 1))
+    ours, plain = (functools.partial(g, jax.nn.swish) for g in (scaled, formula))
+    text = jax.jit(ours).lower(*primals).as_text()
+    assert text.count("divide") > jax.jit(plain).lower(*primals).as_text().count("divide")  # by a hidden 1
+    forward = [jax.jit(functools.partial(jax.jvp, g))(primals, tangents) for g in (ours, plain)]
+    chex.assert_trees_all_close(*forward, rtol=1e-5, atol=1e-6)
+
+    def second(g):
+        return jax.jit(
+            jax.grad(lambda *p: jnp.sum(jnp.sin(jax.grad(lambda *p: jnp.sum(g(*p) ** 3), 0)(*p))), (0, 1, 2))
+        )
+
+    chex.assert_trees_all_close(second(ours)(*primals), second(plain)(*primals), rtol=1e-4, atol=1e-4)
+    broken = [primals[0].at[0].set(jnp.nan), *primals[1:]]
+    np.testing.assert_array_equal(jax.jit(ours)(*broken), jax.jit(plain)(*broken))
+
+
+def test_sums_for_the_factor_share_nothing_of_the_inputs_size_with_the_gradient_in_x():
+    x, factor, shift = some(jax.random.key(0), (8, 32, 32, 64), (-1,))
+
+    def backward(*a):
+        return jax.vjp(lambda *p: scaled(jax.nn.swish, *p), *a[:3])[1](a[3])
+
+    memory = jax.jit(backward).lower(x, factor, shift, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < x.nbytes  # no array of x's size is written in between

@@ -243,7 +243,11 @@ def test_two_mapped_axes_share_one_batch():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x: activation_stats(jax.nn.relu, x.astype(int)), TypeError, "x must be floating point, got dtype int32"),
+        (
+            lambda x: activation_stats(jax.nn.relu, x.astype(int)),
+            TypeError,
+            "x must be floating point, got dtype int32",
+        ),
         (lambda x: activation_stats(lambda x: x > 0, x), TypeError, "floating-point values, got dtype bool"),
         (lambda x: activation_stats(jnp.sum, x), ValueError, r"elementwise: it turned shape \(4, 3\) into \(\)"),
         (lambda x: activation_stats(jax.nn.relu, x, feature_axes=2), ValueError, "must lie between -2 and 1"),
