@@ -34,7 +34,7 @@ def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     return wide
 
 
-def traced(f: Activation, x: Array) -> tuple[ExplicitActivation, Constants]:
+def traced(f: Activation, x: Array | np.ndarray) -> tuple[ExplicitActivation, Constants]:
     """`(g, constants)` with `g(constants, x) = f(x)` for x of any shape, computed in the wide dtype of this x.
 
     f may close over arrays, traced ones too, such as a learned slope, in whatever way: all of them come out as
@@ -133,7 +133,7 @@ def while_tracing(compute: Callable[..., T], f: Activation, *numbers: float) -> 
     if permanent(f):
         return _kept(compute, f, numbers, jnp.result_type(float))
     try:
-        constants = traced(f, jnp.zeros(_ANY_LENGTH))[1]
+        constants = traced(f, np.zeros(_ANY_LENGTH, jnp.result_type(float)))[1]
     except (TypeError, ValueError) as error:
         raise type(error)(
             f"an activation must take arrays of any shape; this one refuses shape ({_ANY_LENGTH},): {error}. A slope "

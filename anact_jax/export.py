@@ -65,8 +65,8 @@ def constants(layer: Trained) -> Normalization:
 def as_function(layer: Trained) -> Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]:
     """The layer in inference as a function of x alone, `factor * (f(x) - shift)`, with its numbers in it.
 
-    What it returns holds no statistics, no state and no module, equals the layer to the last bit, and stays as it
-    is when the layer trains on.
+    What it returns holds no statistics, no state and no module, equals the layer to rounding, and stays as it is when
+    the layer trains on.
 
     Args:
         layer: as `constants` takes it, with concrete values: not under `jit`.

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +175,7 @@ def anact(
     )
 
 
-def _fitting(running: Stats, form: Form, features: tuple[int, ...], shape: tuple[int, ...]) -> Stats:
+def _fitting(running: Stats, form: Form, features: tuple[Any, ...], shape: tuple[Any, ...]) -> Stats:
     """Running statistics with the moments of the form alone, one for each feature."""
     missing = [name for name in form.moments if getattr(running, name) is None]
     if missing:

@@ -15,12 +15,17 @@ from flax import nnx
 
 import anact_jax.linen
 import anact_jax.nnx
-from anact_jax import PUBLISHED, Normalization, gaussian_stats, normalization, normalize
+from anact_jax import DEFAULT, PUBLISHED, Normalization, gaussian_stats, normalization, normalize
 from anact_jax.export import as_function, constants, fold
 
 IMAGES = 0.5 + 2 * jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
 LABELS = jnp.arange(16) % 4
-FORMS = {"default": {}, "published": PUBLISHED._asdict(), "exact": {"rule": "exact", "learnable": True}}
+FORMS = {
+    "default": DEFAULT,
+    "published": PUBLISHED,
+    "exact": DEFAULT.replace(rule="exact", learned=True),
+    "forward": DEFAULT.replace(rule="forward"),
+}
 
 conv = functools.partial(nn.Conv, kernel_size=(3, 3))
 CONVS = {
@@ -91,7 +96,7 @@ def bound(act, variables, name):
 )
 def test_cnn_with_factor_and_shift_folded_into_the_next_layer(kind, form, standard_promotion):
     second = CONVS[kind]
-    model = CNN(second, anact_jax.linen.ANAct(jax.nn.gelu, **FORMS[form]))
+    model = CNN(second, anact_jax.linen.ANAct(jax.nn.gelu, form=FORMS[form]))
     variables = train(model, IMAGES)
     params, layers = variables["params"], [bound(model.act, variables, f"act_{index}") for index in range(2)]
     first, last = (constants(layer) for layer in layers)
@@ -124,7 +129,7 @@ class MLP(nnx.Module):
     def __init__(self, form):
         rngs, widths = nnx.Rngs(0), (8, 12, 12, 4)
         self.dense = nnx.List([nnx.Linear(n, m, rngs=rngs) for n, m in itertools.pairwise(widths)])
-        self.act = nnx.List([anact_jax.nnx.NSwish(features=m, **form) for m in widths[1:-1]])
+        self.act = nnx.List([anact_jax.nnx.NSwish(features=m, form=form) for m in widths[1:-1]])
 
     def __call__(self, x):
         for dense, act in zip(self.dense, self.act, strict=False):
@@ -134,7 +139,7 @@ class MLP(nnx.Module):
 
 @pytest.mark.slow
 def test_mlp_of_nnx_with_factor_and_shift_folded_into_the_next_layer():
-    model, x = MLP({"rule": "exact", "learnable": True}), IMAGES[:, 0, :, 0]
+    model, x = MLP(FORMS["exact"]), IMAGES[:, 0, :, 0]
     optimizer = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
     model.train()
 
@@ -162,13 +167,14 @@ def test_mlp_of_nnx_with_factor_and_shift_folded_into_the_next_layer():
 
 @pytest.mark.parametrize("feature_axes", [-1, pytest.param((), marks=pytest.mark.slow), (1, 2)])
 def test_function_equals_linen_s_inference_and_holds_two_constants(feature_axes):
-    layer = anact_jax.linen.NGELU(feature_axes=feature_axes, learnable=True, use_running_average=False)
+    form = DEFAULT.replace(feature_axes=feature_axes, learned=True)
+    layer = anact_jax.linen.NGELU(form=form, use_running_average=False)
     variables = layer.init(jax.random.key(0), IMAGES)
     _, updates = layer.apply(variables, IMAGES, mutable=["batch_stats"])
     variables = {"params": {"alpha": variables["params"]["alpha"] + 0.7}, **updates}
     function = as_function(layer.bind(variables))
     expected = layer.copy(use_running_average=True).apply(variables, IMAGES)
-    np.testing.assert_array_equal(function(IMAGES), expected)
+    np.testing.assert_allclose(function(IMAGES), expected, rtol=1e-5, atol=1e-6)
     assert function(IMAGES.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
     factor, shift = constants(layer.bind(variables))
@@ -181,19 +187,20 @@ def test_function_of_nnx_stays_when_the_layer_trains_on():
     layer = anact_jax.nnx.NSwish()
     x = IMAGES[:, 0, 0]
     prior = as_function(layer)
-    np.testing.assert_array_equal(prior(x), layer(x, use_running_average=True))
+    np.testing.assert_allclose(prior(x), layer(x, use_running_average=True), rtol=1e-5, atol=1e-6)
     layer(x, use_running_average=False)
     trained = as_function(layer)
     y = trained(x)
-    np.testing.assert_array_equal(y, layer(x, use_running_average=True))
+    np.testing.assert_allclose(y, layer(x, use_running_average=True), rtol=1e-5, atol=1e-6)
     layer(3 * x, use_running_average=False)
     np.testing.assert_array_equal(trained(x), y)
     assert np.abs(y - layer(x, use_running_average=True)).max() > 0.1
 
 
 def test_constants_before_training_are_those_of_a_standard_normal_input():
-    layer = anact_jax.linen.ANAct(jnp.tanh, nonlinearity=None, center=True, use_running_average=True)
-    expected = normalization(gaussian_stats(jnp.tanh), center=True, reference="unit")
+    form = DEFAULT.replace(nonlinearity=None)
+    layer = anact_jax.linen.ANAct(jnp.tanh, form=form, use_running_average=True)
+    expected = normalization(gaussian_stats(jnp.tanh), form)
     found = constants(layer.bind(layer.init(jax.random.key(0), IMAGES)))
     chex.assert_trees_all_close(found, jax.tree.map(lambda value: jnp.full(3, value), expected), rtol=1e-6)
 
@@ -236,7 +243,8 @@ def test_without_a_shift_padding_does_not_matter(padding):
 
 
 def test_a_linen_layer_without_variables_is_told_how():
-    layer = anact_jax.linen.NReLU(use_running_average=True, learnable=True)
+    form = DEFAULT.replace(learned=True)
+    layer = anact_jax.linen.NReLU(use_running_average=True, form=form)
     for wrong in (layer, layer.bind({}), layer.bind({"batch_stats": {"NReLU_0": {}}})):
         with pytest.raises(ValueError, match=r"layer.bind\({'batch_stats': ..., 'params': ...}\)"):
             constants(wrong)
@@ -245,4 +253,70 @@ def test_a_linen_layer_without_variables_is_told_how():
         constants(layer.bind({"batch_stats": state}))
     stacked = jax.tree.map(lambda value: jnp.stack([value, value]), state)
     with pytest.raises(ValueError, match=r"shape \(2, 3\).*take one's state first"):
-        as_function(layer.copy(learnable=False).bind({"batch_stats": stacked}))
+        as_function(layer.copy(form=form.replace(learned=False)).bind({"batch_stats": stacked}))
+
+
+FEW_AND_ALL = [DEFAULT.replace(rule="forward"), DEFAULT.replace(rule="backward", reference="input"), DEFAULT]
+
+
+@pytest.mark.parametrize("form", FEW_AND_ALL, ids=str)
+def test_layers_with_few_and_all_moments_are_exported(form):
+    layer = anact_jax.linen.NSwish(form=form, use_running_average=False)
+    variables = layer.init(jax.random.key(0), IMAGES)
+    assert set(variables["batch_stats"]) == {"count", *form.moments}
+    _, updates = layer.apply(variables, IMAGES, mutable=["batch_stats"])
+    same = anact_jax.nnx.NSwish(3, form=form)
+    same(IMAGES, use_running_average=False)
+    expected = layer.copy(use_running_average=True).apply(updates, IMAGES)
+    for exported in (as_function(layer.bind(updates)), as_function(same)):
+        np.testing.assert_allclose(exported(IMAGES), expected, rtol=1e-5, atol=1e-6)
+
+
+def training_step(api, form, features):
+    """A step as a function of the layer's state, the input and a target; and the state at the start."""
+    if api == "linen":
+        layer = anact_jax.linen.NSwish(form=form, use_running_average=False)
+        state = layer.init(jax.random.key(0), jnp.ones((2, features)))
+
+        def output(state, x):
+            return layer.apply(state, x, mutable=["batch_stats"])
+    else:
+        graph, state = nnx.split(anact_jax.nnx.NSwish(features, form=form, use_running_average=False))
+
+        def output(state, x):
+            layer = nnx.merge(graph, state)
+            return layer(x), nnx.state(layer)
+
+    def step(state, x, target):
+        def loss(x):
+            y, new = output(state, x)
+            return jnp.mean((y - target) ** 2), new
+
+        (value, new), gradient = jax.value_and_grad(loss, has_aux=True)(x)
+        return value, gradient, jax.tree.leaves(new)
+
+    leaves, treedef = jax.tree.flatten(state)
+    return lambda leaves, x, target: step(jax.tree.unflatten(treedef, leaves), x, target), leaves
+
+
+@pytest.mark.parametrize("form", ["forward+center+unit+diff+feature", "default"])
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_training_step_is_exported_with_a_batch_of_any_size(api, form):
+    step, state = training_step(api, form, 6)
+    symbols = jax.export.symbolic_shape("b, 5, 5, 6")
+    x = jax.ShapeDtypeStruct(symbols, jnp.float32)
+    exported = jax.export.export(jax.jit(step))(state, x, x)
+    again = jax.export.deserialize(exported.serialize())
+    for size in (3, 8):
+        x, target = jax.random.normal(jax.random.key(size), (2, size, 5, 5, 6))
+        chex.assert_trees_all_close(again.call(state, x, target), jax.jit(step)(state, x, target), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 5, 6), (64, 32, 32, 16)])
+def test_training_step_is_exported_for_cpu_gpu_and_tpu_in_one(shape):
+    step, state = training_step("linen", "default", shape[-1])
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    exported = jax.export.export(jax.jit(step), platforms=["cpu", "cuda", "tpu"])(state, x, x)
+    x, target = jax.random.normal(jax.random.key(0), (2, *shape))
+    expected = jax.jit(step)(state, x, target)
+    chex.assert_trees_all_close(exported.call(state, x, target), expected, rtol=1e-4, atol=1e-6)

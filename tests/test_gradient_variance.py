@@ -15,13 +15,15 @@ from experiments.gradient_variance import TITLES, measure, over_networks, predic
 from experiments.models import make_layers
 from experiments.models.mlp import MLP
 
+PUBLISHED_NORMALIZATION = functools.partial(normalization, form=PUBLISHED)
+
 
 def network(activation, depth, width, examples, seed=0):
     """A network with random biases too, and a batch."""
     rng = np.random.default_rng(seed)
     images = rng.standard_normal((examples, 4, 4, 3)).astype(np.float32)
     batch = Batch(images, rng.integers(0, 5, examples).astype(np.int32), np.ones(examples, bool))
-    model = MLP(make_layers(activation, "none", **PUBLISHED._asdict()), 5, depth, width)
+    model = MLP(make_layers(activation, "none", form=PUBLISHED), 5, depth, width)
     variables = jax.jit(functools.partial(model.init, train=True))(jax.random.key(seed), jnp.asarray(images))
     params = {
         name: layer | {"bias": 0.3 * rng.standard_normal(layer["bias"].shape).astype(np.float32)}
@@ -60,7 +62,10 @@ def test_predicted_for_wide_random_networks(activation):
     """Depth, widths, biases, factors and the loss at the logits enter as they should."""
     model, batch, variables = network(activation, depth=3, width=1024, examples=64)
     measured = jax.jit(functools.partial(measure, model))(batch, variables)
-    f, normalize = ACTIVATIONS[activation.removeprefix("n")], plain if activation in ACTIVATIONS else normalization
+    f, normalize = (
+        ACTIVATIONS[activation.removeprefix("n")],
+        plain if activation in ACTIVATIONS else PUBLISHED_NORMALIZATION,
+    )
     input_sq = jnp.mean(batch.images**2, axis=(1, 2, 3))
     predicted = predict(f, normalize, input_sq, variables["params"], measured.gradient[-1])
     for field, values, expected in zip(TITLES, measured, predicted, strict=True):

@@ -110,8 +110,8 @@ def test_unknown_activation_is_refused():
 
 
 def test_layer_gains_lists_every_activation_in_order_of_execution():
-    form = PUBLISHED._replace(center=True)
-    model = MLP(make_layers("nrelu", "none", **form._asdict()), classes=3, depth=12, width=256)
+    form = PUBLISHED.replace(center=True, epsilon=0.0)
+    model = MLP(make_layers("nrelu", "none", form=form), classes=3, depth=12, width=256)
     x = jax.random.normal(jax.random.key(1), (256, 4, 4, 1))
     variables = model.init(jax.random.key(0), x, train=False)
     _, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -123,7 +123,7 @@ def test_layer_gains_lists_every_activation_in_order_of_execution():
         # The rule `mean` makes the inverse gains average to 1 on the batch that it was measured on.
         np.testing.assert_allclose(np.mean([1 / layer.forward, 1 / layer.backward]), 1, rtol=1e-4)
         assert layer.bare_backward * layer.factor**2 == pytest.approx(layer.backward, rel=1e-5)
-    low, high = factor_range(variables | updates, {"center": True})
+    low, high = factor_range(variables | updates, form)
     factors = [float(layer.factor) for layer in layers]
     np.testing.assert_allclose((low, high), (min(factors), max(factors)), rtol=1e-5)
 
@@ -148,7 +148,7 @@ def test_layer_gains_of_plain_activations():
     assert [layer.name for layer in layers] == ["Plain_0", "Plain_1"]
     assert (layers[0].factor, layers[0].shift) == (1.0, 0.0)
     np.testing.assert_allclose((layers[0].bare_forward, layers[0].bare_backward), (0.5, 0.5), atol=0.03)
-    assert factor_range({"batch_stats": {}, "params": {}}, {}) is None
+    assert factor_range({"batch_stats": {}, "params": {}}, DEFAULT) is None
 
 
 def test_an_activation_is_a_module_in_either_form():
@@ -206,14 +206,15 @@ def test_a_stem_that_a_network_lacks_is_refused():
 
 
 def test_shown_factors_include_the_learned_correction():
-    model = MLP(make_layers("nrelu", "none", learnable=True, **PUBLISHED._asdict()), classes=3, depth=2, width=16)
+    form = PUBLISHED.replace(learned=True)
+    model = MLP(make_layers("nrelu", "none", form=form), classes=3, depth=2, width=16)
     x = np.random.default_rng(0).standard_normal((8, 4, 4, 1)).astype(np.float32)
     variables = model.init(jax.random.key(0), jnp.asarray(x), train=False)
     before = [float(layer.factor) for layer in layer_gains(model, variables, x)]
     variables["params"]["ANAct_1"]["alpha"] = jnp.float32(100.0)
     after = [float(layer.factor) for layer in layer_gains(model, variables, x)]
     np.testing.assert_allclose(after, [before[0], before[1] + 0.3], rtol=1e-6)
-    np.testing.assert_allclose(factor_range(variables, {}), (min(after), max(after)), rtol=1e-6)
+    np.testing.assert_allclose(factor_range(variables, form), (min(after), max(after)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

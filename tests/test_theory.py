@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from anact_jax import (
     ACTIVATIONS,
+    PUBLISHED,
     Normalization,
     activation_stats,
     normalization,
@@ -20,6 +21,7 @@ from anact_jax import (
 )
 from anact_jax.theory import Elementwise, Layer, Residual, Variances, linear, propagate
 
+EXACT = PUBLISHED.replace(epsilon=0.0)
 OPTIONS = {
     "plain": None,
     "mean": {},
@@ -35,7 +37,7 @@ NETWORKS = 12
 
 def layer(f, options, fan_in, fan_out, **more):
     if options is not None:
-        more["normalization"] = functools.partial(normalization, **options)
+        more["normalization"] = functools.partial(normalization, form=EXACT.replace(**options))
     return Layer(f, fan_in, fan_out, **more)
 
 
@@ -304,8 +306,8 @@ def test_constant_factor_shift_and_bias():
 
 
 def test_an_activation_before_weights_or_behind_them_is_the_same():
-    act, weights = Layer(jnp.tanh, 40, 50, 0.03, normalization), Layer(linear, 40, 50, 0.03)
-    apart = propagate([weights, Elementwise(jnp.tanh, normalization), weights], input_sq=jnp.array([0.5, 2.0]))
+    act, weights = layer(jnp.tanh, {}, 40, 50, weight_var=0.03), Layer(linear, 40, 50, 0.03)
+    apart = propagate([weights, Elementwise(jnp.tanh, act.normalization), weights], input_sq=jnp.array([0.5, 2.0]))
     chex.assert_trees_all_close(apart, propagate([act, weights], input_sq=jnp.array([0.5, 2.0])), rtol=1e-6)
 
 
