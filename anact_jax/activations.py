@@ -1,6 +1,7 @@
 """Elementwise activations by name, as plain functions that pickle and copy; how far they are from linear."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,6 @@ def nonlinearity(f: Activation) -> Float[Array, ""]:
     0.467 0.212 0.178 0.034
     """
     stats = gaussian_stats(f)
-    assert stats.var_out is not None and stats.slope_sq is not None
     return jnp.where(stats.var_out > 0, jnp.maximum(stats.slope_sq / stats.var_out - 1, 0), jnp.inf)
 
 
@@ -143,7 +143,7 @@ def tempered(f: Activation, limit: float | None) -> Activation:
     if limit is None:
         return f
     check_nonlinearity(limit)
-    kappa = while_tracing(_leak, f, limit)
+    kappa: Any = while_tracing(_leak, f, limit)
     return Leaky(f, float(kappa) if isinstance(kappa, np.ndarray) else kappa)
 
 

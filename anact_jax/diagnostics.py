@@ -252,12 +252,12 @@ def gains_on_batch(
     """
 
     def row(module: Any, name: str, entering: Array) -> LayerGains:
-        numbers, f, axes = Normalization(jnp.ones(()), jnp.zeros(())), module.fn, ()
-        form = DEFAULT
-        if isinstance(module, ACTIVATIONS):
+        if isinstance(module, linen.ANAct | anact_jax.nnx.ANAct):
             form = Form.parse(module.form)
-            numbers, f, axes = constants(module), module.activation, form.axes
-        return _row(name, form, activation_stats(f, entering, feature_axes=axes), numbers)
+            stats = activation_stats(module.activation, entering, feature_axes=form.axes)
+            return _row(name, form, stats, constants(module))
+        plain = Normalization(jnp.ones(()), jnp.zeros(()))
+        return _row(name, DEFAULT, activation_stats(module.fn, entering), plain)
 
     through = _through(loss, layers, row)
 

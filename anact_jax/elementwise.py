@@ -131,7 +131,8 @@ def while_tracing(compute: Callable[..., T], f: Activation, *numbers: float) -> 
         ValueError: f takes arrays of one shape only.
     """
     if permanent(f):
-        return _kept(compute, f, numbers, jnp.result_type(float))
+        kept: T = _kept(compute, f, numbers, jnp.result_type(float))
+        return kept
     try:
         constants = traced(f, np.zeros(_ANY_LENGTH, jnp.result_type(float)))[1]
     except (TypeError, ValueError) as error:
@@ -147,7 +148,8 @@ def while_tracing(compute: Callable[..., T], f: Activation, *numbers: float) -> 
 
 def _computed(compute: Callable[..., T], f: Activation, numbers: tuple[float, ...]) -> T:
     with jax.core.eval_context(), use_abstract_mesh(_NO_MESH):
-        return jax.tree.map(np.asarray, compute(f, *numbers))  # type: ignore[no-any-return]
+        found: T = jax.tree.map(np.asarray, compute(f, *numbers))
+        return found
 
 
 @functools.cache
@@ -169,7 +171,7 @@ def _with_forward_mode(reversible: Activation) -> Activation:
         (slope,) = backward(jnp.ones_like(y))
         return f(*primals), slope.astype(y.dtype) * tangents[0].astype(y.dtype)
 
-    return f  # type: ignore[no-any-return]
+    return f
 
 
 def _has_reverse_rule_alone(jaxpr: Any) -> bool:

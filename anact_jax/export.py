@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,8 @@ def constants(layer: Trained) -> Normalization:
     """
     form, alpha = Form.parse(layer.form), None
     if form.learned:
-        alpha = jnp.asarray(layer.alpha[...] if isinstance(layer, nnx.ANAct) else _variable(layer, "params", "alpha"))
+        held: Any = _variable(layer, "params", "alpha") if isinstance(layer, linen.ANAct) else layer.alpha
+        alpha = jnp.asarray(held[...])
     stats = jax.tree.map(lambda moment: moment.astype(wide_dtype(moment.dtype)), running_stats(layer))
     return normalization(stats, form, alpha=alpha)
 

@@ -54,6 +54,8 @@ class ANAct(nnx.Module):
     ((8, 1), 1.0)
     """
 
+    count: nnx.BatchStat[Array]
+
     def __init__(
         self,
         fn: Activation = activations.swish,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
-from anact_jax.statistics import MOMENTS, Stats, informative, sharded_as
+from anact_jax.statistics import MOMENTS, Stats, informative, moments_of, sharded_as
 
 
 def update_stats(running: Stats, batch: Stats, *, momentum: ArrayLike = 0.9) -> Stats:
@@ -28,7 +28,7 @@ def update_stats(running: Stats, batch: Stats, *, momentum: ArrayLike = 0.9) -> 
         degenerate batch (see `anact_jax.informative`) leaves `running` as it was, feature by feature.
 
     Raises:
-        ValueError: momentum outside [0, 1].
+        ValueError: momentum outside [0, 1], or batch and running statistics with different moments.
 
     >>> from anact_jax import activation_stats, gaussian_stats
     >>> prior = gaussian_stats(jax.nn.relu)
@@ -38,6 +38,12 @@ def update_stats(running: Stats, batch: Stats, *, momentum: ArrayLike = 0.9) -> 
     (1.0, 1.0)
     """
     check_momentum(momentum)
+    names = [", ".join(moments_of(stats)) or "none" for stats in (running, batch)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"running statistics have the moments {names[0]}, and the batch has {names[1]}; measure those of "
+            "the running ones: activation_stats(..., moments=form.moments)"
+        )
     return moved(running, batch, informative(batch), momentum)
 
 
@@ -47,16 +53,14 @@ def moved(running: Stats, batch: Stats, taken_in: Bool[Array, "*features"], mome
     seen = running.count.astype(batch.count.dtype) + 1
     weight = jnp.maximum(1 - jnp.asarray(momentum, seen.dtype), 1 / seen)
 
-    def step(old: Array | None, new: Array | None) -> Array | None:
-        if old is None or new is None:
-            return None
+    def step(old: Array, new: Array) -> Array:
         wide = old.astype(new.dtype)
         # old + weight * (new - old) returns `old` exactly for a repeated batch.
         both = jnp.where(seen == 1, new, wide + weight * (new - wide))
         return jnp.where(taken_in, both.astype(old.dtype), old)
 
     count = jnp.where(taken_in, seen.astype(running.count.dtype), running.count)
-    return Stats(count, *(step(old, new) for old, new in zip(running[1:], batch[1:], strict=True)))
+    return Stats(count, **{name: step(old, getattr(batch, name)) for name, old in moments_of(running).items()})
 
 
 def restored(saved: Mapping[str, Any], fresh: Mapping[str, Any], *, start_anew: bool = False) -> dict[str, Any]:

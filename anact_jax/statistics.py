@@ -20,7 +20,8 @@ class Stats(NamedTuple):
     """Population moments of an activation's input x and output f(x).
 
     Every field has the same shape: `()` for one layer, or that of the feature axes, such as `(C,)`. The dtype is
-    float32, or float64 for float64 input. Moments that a form does not use may be None.
+    float32, or float64 for float64 input. A moment that was not measured, since no form needs it, is None; the types do
+    not say so, for those who measure all.
 
     Attributes:
         count: elements behind the moments; in running statistics, batches taken in; 0 for the Gaussian reference of
@@ -33,11 +34,11 @@ class Stats(NamedTuple):
     """
 
     count: Float[Array, "*features"]  # type: ignore[assignment]  # hides tuple.count, which is not used
-    mean_in: Float[Array, "*features"] | None = None
-    var_in: Float[Array, "*features"] | None = None
-    mean_out: Float[Array, "*features"] | None = None
-    var_out: Float[Array, "*features"] | None = None
-    slope_sq: Float[Array, "*features"] | None = None
+    mean_in: Float[Array, "*features"] = None  # type: ignore[assignment]
+    var_in: Float[Array, "*features"] = None  # type: ignore[assignment]
+    mean_out: Float[Array, "*features"] = None  # type: ignore[assignment]
+    var_out: Float[Array, "*features"] = None  # type: ignore[assignment]
+    slope_sq: Float[Array, "*features"] = None  # type: ignore[assignment]
 
 
 MOMENTS: tuple[str, ...] = Stats._fields[1:]
@@ -113,7 +114,8 @@ def shards_of(
             raise ValueError("axis_index_groups divide the shards of a mapped axis; name it by axis_name")
         return None
     groups = None if axis_index_groups is None else tuple(tuple(map(int, group)) for group in axis_index_groups)
-    return Shards(tuple(axis_name) if isinstance(axis_name, list) else axis_name, groups)
+    name: Any = axis_name
+    return Shards(tuple(name) if isinstance(name, list) else name, groups)
 
 
 def activation_stats(
@@ -168,7 +170,7 @@ def activation_stats(
     g, constants = traced(f, x)
     raw = measure(g, constants, x, axes, mask, shards, tuple(moments))
     sound, varied = judge(raw, x.dtype)
-    found = _present(raw)
+    found = moments_of(raw)
     for kind, varies in varied.items():
         found[f"var_{kind}"] = jnp.where(varies, found[f"var_{kind}"], 0)
     measured = Stats(raw.count, **{name: jnp.where(sound, value, jnp.nan) for name, value in found.items()})
@@ -310,8 +312,8 @@ def _measured(f: Activation, x: Array, axes: tuple[int, ...], mask: Array | None
     return Stats(count, **values)
 
 
-def _present(stats: Stats) -> dict[str, Array]:
-    """The moments that are not None."""
+def moments_of(stats: Stats) -> dict[str, Array]:
+    """The moments that were measured, by name."""
     return {name: value for name, value in zip(MOMENTS, stats[1:], strict=True) if value is not None}
 
 
@@ -355,7 +357,7 @@ def _differentiable_jvp(
 ) -> tuple[Stats, Stats]:
     constants, x, mask, _, measured = primals
     stats = differentiable(g, axes, shards, *primals)
-    dtype, reduced, moments = wide_dtype(x.dtype), other_axes(axes, x.ndim), _present(stats)
+    dtype, reduced, moments = wide_dtype(x.dtype), other_axes(axes, x.ndim), moments_of(stats)
     counted = jnp.expand_dims(measured, reduced)  # without a gradient, elsewhere
     if mask is not None:
         counted = counted & mask
@@ -370,10 +372,10 @@ def _differentiable_jvp(
     def total(change: Array) -> Array:
         return jnp.sum(jnp.where(counted, change, 0), axis=reduced)
 
-    def about(value: Array, mean: Array | None) -> Array:
+    def about(value: Array, mean: Array) -> Array:
         return value - jnp.expand_dims(mean, reduced)
 
-    found = {}
+    found: dict[str, Array] = {}
     if "var_in" in moments:
         found |= {"mean_in": total(dx), "var_in": total(2 * about(x, stats.mean_in) * dx)}
     if "var_out" in moments:
@@ -401,14 +403,18 @@ def _over_shards(local: Stats, shards: Shards) -> Stats:
 
         return _merged(total, local)
     group_of, index = shards.group_of(), jax.lax.axis_index(shards.axis_name)
-    values, treedef = jax.tree.flatten(local)
+    values = jax.tree.leaves(local)
     table = shards.table(size, index, _joined(values))
     if shards.groups is not None:  # to us, the others' shards are empty
         table = jnp.where(jnp.expand_dims(jnp.asarray(group_of) == jnp.asarray(group_of)[index], 1), table, 0)
     features = max(value.ndim for value in values)
     rows = [row.reshape(size, *(1,) * (features - row.ndim + 1), *row.shape[1:]) for row in _split(table, values)]
-    merged = _merged(lambda values: [jnp.sum(v, axis=0, keepdims=True) for v in values], treedef.unflatten(rows))
-    return jax.tree.map(lambda value: value[0], merged)
+    merged = _merged(
+        lambda values: [jnp.sum(v, axis=0, keepdims=True) for v in values],
+        jax.tree.unflatten(jax.tree.structure(local), rows),
+    )
+    ours: Stats = jax.tree.map(lambda value: value[0], merged)
+    return ours
 
 
 def _joined(values: Sequence[Array]) -> Array:
@@ -424,23 +430,22 @@ def _split(joined: Array, like: Sequence[Array]) -> list[Array]:
 
 def _merged(total: Callable[[list[Array]], list[Array]], shards: Stats) -> Stats:
     """The moments of all shards together, with `total` for summing over the shards."""
-    count, pairs = shards.count, [pair for pair in (shards[1:3], shards[3:5]) if pair[0] is not None]
-    elements, *sums_of = total([count, *(count * mean for mean, _ in pairs)])
+    count, moments = shards.count, moments_of(shards)
+    kinds = [kind for kind in ("in", "out") if f"var_{kind}" in moments]
+    elements, *sums_of = total([count, *(count * moments[f"mean_{kind}"] for kind in kinds)])
     share = count / jnp.maximum(elements, 1)
-    means = [of_kind / jnp.maximum(elements, 1) for of_kind in sums_of]
+    means = {kind: value / jnp.maximum(elements, 1) for kind, value in zip(kinds, sums_of, strict=True)}
     terms = []
-    for (mean, var), whole in zip(pairs, means, strict=True):
-        off = mean - whole
-        terms += [share * off, share * (var + off**2)]  # the first finds what rounding left in the mean
-    if shards.slope_sq is not None:
-        terms.append(share * shards.slope_sq)
+    for kind in kinds:
+        off = moments[f"mean_{kind}"] - means[kind]
+        terms += [share * off, share * (moments[f"var_{kind}"] + off**2)]  # the first: what rounding left in the mean
+    if "slope_sq" in moments:
+        terms.append(share * moments["slope_sq"])
     found = iter(total(terms))
-    merged: list[Array | None] = [elements]
-    by_kind = iter(means)
-    for mean, _ in (shards[1:3], shards[3:5]):
-        if mean is None:
-            merged += [None, None]
-            continue
+    merged = {}
+    for kind in kinds:
         off, off_sq = next(found), next(found)
-        merged += [next(by_kind), jnp.maximum(0, off_sq - off**2)]
-    return Stats(*merged, None if shards.slope_sq is None else next(found))
+        merged[f"mean_{kind}"], merged[f"var_{kind}"] = means[kind], jnp.maximum(0, off_sq - off**2)
+    if "slope_sq" in moments:
+        merged["slope_sq"] = next(found)
+    return Stats(elements, **merged)

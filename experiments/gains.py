@@ -22,7 +22,8 @@ def layer_gains(
     """Gains of every activation, plain ones too, on a batch, in the order in which they run, in inference mode."""
 
     def total(variables: PyTree[Array | np.ndarray], images: Array) -> Array:
-        return jnp.sum(model.apply(variables, images, train=False))
+        logits: Any = model.apply(variables, images, train=False)
+        return jnp.sum(logits)
 
     measure = jax.jit(gains_on_batch(total, (ANAct, Plain)))
     rows: list[LayerGains] = list(jax.device_get(measure(variables, images)))

@@ -67,8 +67,8 @@ def test_a_training_step_goes_on_from_the_last_one_and_its_compilation_is_measur
 
 def test_messages_between_devices():
     assert scaling._messages([16, 32], 1) == [(0, 0)] * 3
-    assert scaling._messages([16, 32], 8) == [(2, 48 * 6 * 8), (1, 48 * 6), (2, 48 * 2)]
-    assert scaling._messages([16, 32], 256) == [(4, 48 * 8), (1, 48 * 6), (2, 48 * 2)]
+    assert scaling._messages([16, 32], 8) == [(2, (48 * 5 + 2) * 8), (1, 48 * 6), (2, 48 * 2)]
+    assert scaling._messages([16, 32], 256) == [(4, 48 * 7 + 2), (1, 48 * 6), (2, 48 * 2)]
 
 
 @pytest.mark.slow

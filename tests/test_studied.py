@@ -21,7 +21,7 @@ def test_statistics_can_lag_or_stay_fixed():
     x = 3 + jax.random.normal(jax.random.key(0), (8, 16))
 
     def after_two_steps(tracking):
-        layer = activation_layer("nrelu", tracking=tracking, feature_axes=())(False)
+        layer = activation_layer("nrelu", tracking=tracking, form=DEFAULT.replace(feature_axes=()))(False)
         variables = layer.init(jax.random.key(1), x)
         outputs = []
         for _ in range(2):
@@ -52,7 +52,7 @@ def test_the_gaussian_scale_leaves_what_is_within_the_limit_and_cannot_mend_a_ki
 
 def test_a_scaled_input_normalizes_what_it_gives():
     x = jax.random.normal(jax.random.key(0), (512, 4))
-    layer = activation_layer("ntanh", tempering="scale", feature_axes=-1, center=True, rule="forward")(False)
+    layer = activation_layer("ntanh", tempering="scale", form=DEFAULT.replace(rule="forward"))(False)
     _, y = trained(layer, [x])
     f = InputScaled(jnp.tanh, gaussian_scale(jnp.tanh, DEFAULT.nonlinearity))
     np.testing.assert_allclose(y, (f(x) - f(x).mean(0, keepdims=True)) / f(x).std(0, keepdims=True), atol=1e-4)
@@ -61,7 +61,7 @@ def test_a_scaled_input_normalizes_what_it_gives():
 @pytest.mark.slow
 def test_a_measured_scale_comes_to_the_limit_at_any_spread_of_the_input_and_stays_in_inference():
     def make(inference):
-        return activation_layer("nswish", tempering="measured", feature_axes=-1)(inference)
+        return activation_layer("nswish", tempering="measured")(inference)
 
     batches = [3 * jax.random.normal(jax.random.key(seed), (2048, 4)) for seed in range(50)]
     variables, _ = trained(make(False), batches)
@@ -75,7 +75,7 @@ def test_a_measured_scale_comes_to_the_limit_at_any_spread_of_the_input_and_stay
 
 @pytest.mark.parametrize("dead", [0.0, np.nan])
 def test_a_measured_scale_stays_where_a_batch_tells_nothing(dead):
-    layer = activation_layer("nswish", tempering="measured", feature_axes=-1)(False)
+    layer = activation_layer("nswish", tempering="measured")(False)
     variables, _ = trained(layer, [jnp.full((8, 4), dead)])
     assert variables["batch_stats"]["scale"] == np.float32(gaussian_scale(jax.nn.swish, DEFAULT.nonlinearity))
 
@@ -83,30 +83,30 @@ def test_a_measured_scale_stays_where_a_batch_tells_nothing(dead):
 @pytest.mark.parametrize(("bounds", "least", "most"), [("step", 0.8, 1.2), ("range", 0.5, 2.0)])
 def test_a_factor_stops_at_its_bounds(bounds, least, most):
     """At unit level it would follow the spread of the input; it was 1 for two batches."""
-    form = {"reference": "unit", "center": True}
-    layer = activation_layer("nswish", bounds=bounds, feature_axes=(), nonlinearity=None, **form)(False)
+    form = DEFAULT.replace(feature_axes=(), nonlinearity=None, epsilon=0.0)
+    layer = activation_layer("nswish", bounds=bounds, form=form)(False)
     x = jax.random.normal(jax.random.key(0), (4096,))
     variables, _ = trained(layer, [x, x])
-    usual = normalization(activation_stats(jax.nn.swish, x), **form).factor
+    usual = normalization(activation_stats(jax.nn.swish, x), form).factor
     for spread, wanted in ((1.1, None), (0.01, most), (100.0, least)):
         y, _ = layer.apply(variables, spread * x, mutable=["batch_stats"])
-        free = normalization(activation_stats(jax.nn.swish, spread * x), **form).factor
+        free = normalization(activation_stats(jax.nn.swish, spread * x), form).factor
         factor = jnp.std(y) / jnp.std(jax.nn.swish(spread * x))
         np.testing.assert_allclose(factor, free if wanted is None else wanted * usual, rtol=0.05)
 
 
 @pytest.mark.slow
 def test_bounds_end_the_gradient_of_the_factor():
-    options = {"feature_axes": (), "reference": "unit", "center": True, "stop_gradient": False}
+    form = DEFAULT.replace(feature_axes=())
     x = 10 * jax.random.normal(jax.random.key(0), (64, 4))
 
-    def gradient(bounds, **options):
-        layer = activation_layer("nswish", bounds=bounds, **options)(False)
+    def gradient(bounds):
+        layer = activation_layer("nswish", bounds=bounds, form=form)(False)
         variables = layer.init(jax.random.key(0), x)
         return jax.grad(lambda s: jnp.mean(layer.apply(variables, s * x, mutable=["batch_stats"])[0] ** 2))(1.0)
 
-    assert abs(gradient("none", **options)) < 0.1
-    assert gradient("step", **options) > 1
+    assert abs(gradient("none")) < 0.1
+    assert gradient("step") > 1
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,11 @@ def test_bounds_end_the_gradient_of_the_factor():
         ({"tracking": "leads"}, "unknown tracking 'leads'"),
         ({"tempering": "shift"}, "unknown tempering 'shift'"),
         ({"bounds": "both"}, "unknown bounds 'both'"),
-        ({"tempering": "scale", "nonlinearity": None}, "tempering 'scale' needs a limit"),
-        ({"bounds": "step", "learnable": True}, "bounds 'step' do not go with a learned correction"),
+        ({"tempering": "scale", "form": DEFAULT.replace(nonlinearity=None)}, "tempering 'scale' needs a limit"),
+        (
+            {"bounds": "step", "form": DEFAULT.replace(learned=True)},
+            "bounds 'step' do not go with a learned correction",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):
