@@ -1,0 +1,256 @@
+"""Any elementwise function: learned, mutable, short-lived, with a reverse rule alone; nothing stale, nothing kept."""
+
+import functools
+import gc
+import weakref
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import anact_jax.linen
+import anact_jax.nnx
+from anact_jax import DEFAULT, PUBLISHED, anact, gaussian_stats, initial_stats, normalization, tempered
+from anact_jax.elementwise import permanent, traced, while_tracing
+
+X = 0.4 + 1.3 * jax.random.normal(jax.random.key(0), (32, 6))
+SLOPE = 0.3
+
+
+def leaky(x, slope):
+    return jnp.where(x > 0, x, slope * x)
+
+
+def swish(x, slope):
+    return x * jax.nn.sigmoid(slope * x)
+
+
+def named(x):
+    return x * jnp.tanh(jax.nn.softplus(x))
+
+
+def reads_a_variable(x):
+    return swish(x, jnp.asarray(SLOPE, x.dtype))
+
+
+WAYS = {
+    "closure": lambda f, slope: lambda x: f(x, slope),
+    "default argument": lambda f, slope: lambda x, slope=slope: f(x, slope),
+    "partial": lambda f, slope: functools.partial(f, slope=slope),
+    "jitted closure": lambda f, slope: jax.jit(lambda x: f(x, slope)),
+    "custom_jvp closure": lambda f, slope: lambda x: jax.nn.relu(x) - slope * jax.nn.relu(-x),
+}
+
+
+def by_hand(f, x, form):
+    """The layer's formula written out, in jnp alone."""
+    f = tempered(f, form.nonlinearity)
+    z, dz = jax.jvp(f, (x,), (jnp.ones_like(x),))
+    mean, var = jnp.mean(z, 0, keepdims=True), jnp.var(z, 0, keepdims=True)
+    slope_sq, var_in = jnp.mean(dz**2, 0, keepdims=True), jnp.var(x, 0, keepdims=True)
+    if form.stop_gradient:
+        mean, var, slope_sq, var_in = jax.lax.stop_gradient((mean, var, slope_sq, var_in))
+    eps = form.epsilon
+    forward, backward = (var_in + eps) / (var + eps), 1 / (slope_sq + eps)
+    squared = {"mean": (forward + backward) / 2, "forward": forward}[form.rule]
+    return jnp.sqrt(squared / (var_in + eps)) * (z - mean)
+
+
+@pytest.mark.parametrize(("way", "rule"), [*((way, "forward") for way in WAYS), ("closure", "mean")])
+def test_learned_slope_has_the_gradient_of_the_formula_and_of_finite_differences(way, rule):
+    f = leaky if way == "custom_jvp closure" else swish
+    with jax.enable_x64(True):
+        x, form = jnp.asarray(X, jnp.float64), DEFAULT.replace(rule=rule, epsilon=1e-3)
+
+        def ours(slope, x):
+            g = WAYS[way](f, slope)
+            return jnp.sum(jnp.sin(anact(g, x, initial_stats(g, form, (6,)), form)[0]))
+
+        def expected(slope, x):
+            return jnp.sum(jnp.sin(by_hand(WAYS[way](f, slope), x, form)))
+
+        slope = jnp.asarray(0.3)
+        found, wanted = (jax.jit(jax.grad(g, argnums=(0, 1)))(slope, x) for g in (ours, expected))
+        np.testing.assert_allclose(found[0], wanted[0], rtol=1e-10)
+        np.testing.assert_allclose(found[1], wanted[1], rtol=1e-8, atol=1e-11)
+        differences = (ours(slope + 1e-5, x) - ours(slope - 1e-5, x)) / 2e-5
+        np.testing.assert_allclose(found[0], differences, rtol=1e-6)
+        assert abs(float(differences)) > 1e-3
+        if way == "closure":
+            second = [jax.jit(jax.hessian(g))(slope, x) for g in (ours, expected)]
+            np.testing.assert_allclose(second[0], second[1], rtol=1e-8)
+
+
+def test_modules_as_activations_learn():
+    form = DEFAULT.replace(nonlinearity=None)
+    layer = anact_jax.nnx.ANAct(nnx.PReLU(), 6, form=form, use_running_average=False)
+    gradient = nnx.grad(lambda layer: jnp.sum(jnp.sin(layer(X))))(layer)
+    model = anact_jax.linen.ANAct(nn.PReLU(), form=form, use_running_average=False)
+    variables = model.init(jax.random.key(0), X)
+    of_linen = jax.grad(
+        lambda params: jnp.sum(jnp.sin(model.apply(variables | {"params": params}, X, mutable=["batch_stats"])[0]))
+    )(variables["params"])
+    expected = jax.grad(lambda slope: jnp.sum(jnp.sin(by_hand(lambda x: leaky(x, slope), X, form))))(0.01)
+    for found in (*jax.tree.leaves(nnx.to_pure_dict(gradient)), *jax.tree.leaves(of_linen)):
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+    assert abs(expected) > 0.1
+
+
+class Mutable:
+    def __init__(self, slope):
+        self.slope = slope
+
+    def __call__(self, x):
+        return swish(x, jnp.asarray(self.slope, x.dtype))
+
+
+def test_nothing_of_a_function_that_changed_is_remembered(monkeypatch):
+    def output(f, x):
+        return anact(f, x, initial_stats(f, "forward+center+unit+nu0.05"), "forward+center+unit+nu0.05")[0]
+
+    def default(x, slope=0.3):
+        return swish(x, jnp.asarray(slope, x.dtype))
+
+    changing = Mutable(0.3)
+    for f in (changing, reads_a_variable, default):
+        before = output(f, X)
+        jax.jit(functools.partial(output, f))(X)
+        changing.slope = 3.0
+        monkeypatch.setattr(f"{__name__}.SLOPE", 3.0)
+        default.__defaults__ = (3.0,)
+        expected = output(lambda x: swish(x, jnp.asarray(3.0, x.dtype)), X)
+        np.testing.assert_allclose(output(f, X), expected, rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(lambda x, f=f: output(f, x))(X), expected, rtol=1e-5, atol=1e-6)
+        assert np.abs(before - expected).max() > 1e-3
+        changing.slope = 0.3
+        monkeypatch.setattr(f"{__name__}.SLOPE", 0.3)
+        default.__defaults__ = (0.3,)
+
+
+def test_only_functions_that_cannot_change_are_permanent():
+    assert permanent(jax.nn.swish)
+    assert permanent(jnp.tanh)
+    assert permanent(named)
+    for f in (reads_a_variable, lambda x: x, functools.partial(swish, slope=1.0), Mutable(1.0), len):
+        assert not permanent(f)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.grad], ids=["eager", "jit", "grad"])
+def test_a_function_is_not_kept_alive(transform):
+    slope = jnp.float32(1.5)
+
+    def run():
+        def f(x):
+            return swish(x, slope)
+
+        jax.block_until_ready(transform(lambda x: jnp.sum(anact(f, x, initial_stats(f, shape=(6,)))[0]))(X))
+        return weakref.ref(f)
+
+    alive = run()
+    jax.clear_caches()  # of jax.jit, which would hold a plain function as well
+    gc.collect()
+    assert alive() is None
+
+
+def compilations(call):
+    """How often XLA compiles while it runs."""
+    found = []
+
+    def listen(name, duration, **more):
+        del duration, more
+        if "backend_compile" in name:
+            found.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.block_until_ready(call())
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return len(found)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: jax.nn.swish, lambda: lambda x: swish(x, 1.5), lambda: WAYS["closure"](swish, jnp.float32(1.5))],
+    ids=["named", "fresh lambda", "fresh closure"],
+)
+def test_eager_calls_on_a_large_batch_compile_once(make):
+    x = jax.random.normal(jax.random.key(0), (64, 32, 32, 16))
+
+    def call():
+        f = make()
+        running = initial_stats(f, DEFAULT, (16,))
+        y, _ = anact(f, x, running)
+        return y, jax.grad(lambda x: jnp.sum(anact(f, x, running)[0] ** 2))(x)
+
+    assert compilations(call) > 0
+    assert compilations(call) == 0
+
+
+def reverse_only(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda x: (f(x), x), lambda x, ct: (ct * jax.grad(lambda x: jnp.sum(f(x)))(x),))
+    return g
+
+
+@pytest.mark.parametrize("form", ["default", "published", "exact+unit+diff+feature"])
+def test_a_reverse_rule_alone_serves_both_modes(form):
+    ours, plain = reverse_only(named), named
+    running = initial_stats(plain, form, (6,) if "feature" in str(form) or form == "default" else ())
+
+    def loss(f):
+        return lambda x: jnp.sum(jnp.sin(anact(f, x, running, form)[0]))
+
+    np.testing.assert_allclose(loss(ours)(X), loss(plain)(X), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(loss(ours))(X), jax.grad(loss(plain))(X), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(gaussian_stats(ours), gaussian_stats(plain), rtol=1e-6)
+
+
+def test_a_reverse_rule_alone_over_an_array_is_refused_with_the_remedy():
+    slope = jnp.float32(0.3)
+    with pytest.raises(TypeError, match=r"jax.custom_vjp, which has no forward mode; define it by jax.custom_jvp"):
+        anact(reverse_only(lambda x: swish(x, slope)), X, initial_stats(jax.nn.swish, shape=(6,)))
+
+
+def test_a_slope_for_each_channel_is_refused_with_the_reason():
+    slopes = jnp.linspace(0.1, 1.0, 6)[None]
+    with pytest.raises(ValueError, match=r"A slope for each channel is not supported, since"):
+        anact_jax.linen.ANAct(lambda x: leaky(x, slopes), use_running_average=False).init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"A slope for each channel is not supported, since"):
+        anact_jax.nnx.ANAct(lambda x: leaky(x, slopes), 6)
+
+
+def test_traced_makes_constants_of_what_a_function_closes_over():
+    g, constants = traced(lambda x: swish(x, jnp.float32(2.0)), X)
+    assert constants == ()  # a literal
+    g, constants = traced(WAYS["closure"](swish, jnp.full((1, 1), 2.0)), X)
+    assert [value.tolist() for value in constants] == [[[2.0]]]
+    np.testing.assert_allclose(g((jnp.full((1, 1), 0.5),), X[:2]), swish(X[:2], jnp.float32(0.5)), rtol=1e-6)
+
+
+def test_constants_are_numpy_arrays_under_any_trace_and_mesh():
+    found = []
+
+    @jax.jit
+    def program(x):
+        found.append(while_tracing(gaussian_stats, lambda x: swish(x, 0.7)))
+        return x
+
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        program(jnp.ones(8))
+    assert all(isinstance(value, np.ndarray) for value in found[0])
+    np.testing.assert_allclose(found[0], gaussian_stats(lambda x: swish(x, 0.7)), rtol=1e-6)
+
+
+def test_published_form_is_that_of_the_formula():
+    y, _ = anact(jax.nn.swish, X, initial_stats(jax.nn.swish, "published"), "published")
+    stats = gaussian_stats(jax.nn.swish)
+    assert stats.count == 0
+    z, dz = jax.jvp(jax.nn.swish, (X,), (jnp.ones_like(X),))
+    eps = PUBLISHED.epsilon
+    forward, backward = (jnp.mean(z**2) + eps) / (jnp.var(X) + eps), jnp.mean(dz**2) + eps
+    np.testing.assert_allclose(y, jnp.sqrt((1 / forward + 1 / backward) / 2) * z, rtol=1e-5)
+    assert normalization(stats, "published").shift == 0

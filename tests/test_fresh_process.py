@@ -1,0 +1,46 @@
+"""What must work as the first thing that a process does."""
+
+import subprocess
+import sys
+
+import pytest
+
+SHARD_MAP = """
+import jax, jax.numpy as jnp
+from anact_jax import anact, gaussian_stats
+from anact_jax.statistics import Stats
+jax.config.update("jax_num_cpu_devices", 8)
+mesh = jax.make_mesh((8,), ("data",))
+spec = jax.sharding.PartitionSpec
+def loss(x, running):
+    y, new = anact(jax.nn.gelu, x, running, axis_name="data")
+    return jax.lax.psum(jnp.sum(jnp.sin(y)), "data"), new
+with jax.set_mesh(mesh):
+    running = Stats(*(jnp.full(4, value) for value in (3.0, 0.0, 1.0, 0.3, 0.3, 0.5)))
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (64, 4)), jax.NamedSharding(mesh, spec("data")))
+    specs = {"in_specs": (spec("data"), spec()), "out_specs": (spec(), spec())}
+    total, new = jax.jit(jax.shard_map(loss, **specs))(x, running)
+y, expected = anact(jax.nn.gelu, jnp.asarray(jax.device_get(x)), jax.device_get(running))
+print(max(float(abs(a - b).max()) for a, b in zip(jax.device_get(new), jax.device_get(expected))) < 1e-5)
+print(abs(float(total) - float(jnp.sum(jnp.sin(y)))) < 1e-3)
+"""
+
+SCAN = """
+import flax.linen as nn, jax, jax.numpy as jnp
+from anact_jax.linen import NSwish
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return NSwish(use_running_average=True)(nn.Dense(4)(x)), None
+scan = nn.scan(Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3)()
+variables = scan.init(jax.random.key(0), jnp.ones((2, 4)), None)
+print(variables["batch_stats"]["NSwish_0"]["count"].shape == (3, 4))
+print(bool(jnp.isfinite(scan.apply(variables, jnp.ones((2, 4)), None)[0]).all()))
+"""
+
+
+@pytest.mark.parametrize("program", [SHARD_MAP, SCAN], ids=["shard_map under set_mesh", "init of a scan"])
+def test_first_thing_in_a_process(program):
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.split() == ["True", "True"]
