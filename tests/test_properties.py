@@ -52,6 +52,7 @@ def test_order_does_not_matter(name, x, order):
 @given(values.filter(lambda x: x.std() > 0.1), st.sampled_from([1e-3, 0.1, 7.0, 1e4]), rules)
 def test_scale_law(x, scale, rule):
     """ReLU scales with its input, so its gains and factor do not depend on the level."""
+    x = np.where(np.abs(x) < 1e-20, 0, x)  # what scaling down would take to 0
     small, large = measure["relu"](x, EVERY), measure["relu"](np.float32(scale) * x, EVERY)
     chex.assert_trees_all_close(gains(small), gains(large), rtol=1e-3)
     # `exact` takes the root of a difference, which amplifies rounding.
