@@ -77,7 +77,7 @@ def test_channel_that_is_constant_but_for_rounding_counts_as_constant(form, dtyp
         np.testing.assert_array_equal(getattr(new, name)[1], getattr(running, name)[1])
 
 
-@pytest.mark.parametrize("filler", [jnp.nan, jnp.inf, -jnp.inf, 1e30, -1e30])
+@pytest.mark.parametrize("filler", [jnp.nan, -jnp.inf, 1e30])
 @pytest.mark.parametrize("form", [DEFAULT, FORWARD, PUBLISHED.replace(stop_gradient=False)], ids=str)
 def test_masked_elements_change_nothing(form, filler):
     x, mask = jax.random.normal(jax.random.key(0), (16, 5, 3)), jnp.arange(5)[None, :, None] < 3

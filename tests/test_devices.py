@@ -209,10 +209,17 @@ def undivided(framework, shape):
     return first, step(first[2], -ACTIVATIONS_BY_SHAPE[shape])
 
 
-@pytest.mark.parametrize("framework", ["linen", "nnx"])
+@pytest.mark.parametrize(
+    ("kind", "framework"),
+    [
+        (AxisType.Explicit, "linen"),
+        (AxisType.Auto, "nnx"),
+        pytest.param(AxisType.Explicit, "nnx", marks=pytest.mark.slow),
+        pytest.param(AxisType.Auto, "linen", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("shape", ACTIVATIONS_BY_SHAPE, ids=str)
 @pytest.mark.parametrize("divided", DIVIDED)
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
 def test_layer_on_a_mesh_equals_one_device(kind, divided, shape, framework):
     sizes, first, last = DIVIDED[divided]
     names = ("b", "c")[: len(sizes)]

@@ -59,7 +59,15 @@ def by_hand(f, x, form):
     return jnp.sqrt(squared / (var_in + eps)) * (z - mean)
 
 
-@pytest.mark.parametrize(("way", "rule"), [*((way, "forward") for way in WAYS), ("closure", "mean")])
+@pytest.mark.parametrize(
+    ("way", "rule"),
+    [
+        ("closure", "mean"),
+        ("default argument", "forward"),
+        ("custom_jvp closure", "forward"),
+        *(pytest.param(way, "forward", marks=pytest.mark.slow) for way in ("partial", "jitted closure", "closure")),
+    ],
+)
 def test_learned_slope_has_the_gradient_of_the_formula_and_of_finite_differences(way, rule):
     f = leaky if way == "custom_jvp closure" else swish
     with jax.enable_x64(True):
@@ -196,7 +204,7 @@ def reverse_only(f):
     return g
 
 
-@pytest.mark.parametrize("form", ["default", "published", "exact+unit+diff+feature"])
+@pytest.mark.parametrize("form", ["default", pytest.param("published", marks=pytest.mark.slow)])
 def test_a_reverse_rule_alone_serves_both_modes(form):
     ours, plain = reverse_only(named), named
     running = initial_stats(plain, form, (6,) if "feature" in str(form) or form == "default" else ())

@@ -298,8 +298,14 @@ def training_step(api, form, features):
     return step, leaves
 
 
-@pytest.mark.parametrize("form", ["forward+center+unit+diff+feature", "default"])
-@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize(
+    ("api", "form"),
+    [
+        ("linen", "forward+center+unit+diff+feature"),
+        ("nnx", "default"),
+        pytest.param("linen", "default", marks=pytest.mark.slow),
+    ],
+)
 def test_training_step_is_exported_with_a_batch_of_any_size(api, form):
     step, state = training_step(api, form, 6)
     symbols = jax.export.symbolic_shape("b, 5, 5, 6")

@@ -106,7 +106,7 @@ def test_a_gain_of_zero_leaves_the_other_to_decide(rule):
     np.testing.assert_allclose(normalization(flat, PLAIN.replace(rule=rule)).factor, 2.0)
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+@pytest.mark.parametrize("epsilon", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("rule", "center", "reference"), ALL_OPTIONS)
 def test_gradients_against_finite_differences(rule, center, reference, epsilon):
     with jax.enable_x64(True):

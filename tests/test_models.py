@@ -56,8 +56,22 @@ def test_imagenet_resnets_have_the_published_parameters(name, published):
     assert parameter_count(model, (224, 224, 3)) == published
 
 
-@pytest.mark.parametrize("stem", ["small", "imagenet"])
-@pytest.mark.parametrize("name", ["resnet20", "resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("resnet20", "small"),
+        ("resnet50", "imagenet"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("resnet20", "imagenet"),
+                ("resnet18", "small"),
+                ("resnet18", "imagenet"),
+                ("resnet50", "small"),
+            )
+        ),
+    ],
+)
 def test_no_activation_is_hard_wired(name, stem):
     """With the identity injected and no normalization layer, what remains is linear in a positive factor."""
     layers = make_layers("swish", "none")._replace(act=lambda use_running_average: lambda x: x)
@@ -68,7 +82,7 @@ def test_no_activation_is_hard_wired(name, stem):
     np.testing.assert_allclose(run(variables, 3.0 * x), 3.0 * run(variables, x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", ["relu", "nswish"])
+@pytest.mark.parametrize("activation", [pytest.param("relu", marks=pytest.mark.slow), "nswish"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_and_activation_runs_in_both_modes(norm, activation):
     model = make_model("resnet20", make_layers(activation, norm), classes=10).clone(stage_sizes=(1, 1))
@@ -218,7 +232,12 @@ def test_shown_factors_include_the_learned_correction():
 
 
 @pytest.mark.parametrize(
-    ("size", "kernel", "strides"), [((7, 8), (3, 3), (2, 2)), ((6, 5), (1, 1), (2, 2)), ((7, 7), (7, 7), (1, 1))]
+    ("size", "kernel", "strides"),
+    [
+        ((7, 8), (3, 3), (2, 2)),
+        ((6, 5), (1, 1), (2, 2)),
+        pytest.param((7, 7), (7, 7), (1, 1), marks=pytest.mark.slow),
+    ],
 )
 def test_convolutions_as_matrix_products_are_the_same(size, kernel, strides):
     x = jax.random.normal(jax.random.key(0), (2, *size, 3))

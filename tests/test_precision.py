@@ -23,7 +23,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_half_precision_keeps_its_dtype_and_measures_in_float32(name, dtype):
     f = ACTIVATIONS[name]
     x = 1.0 + 3.0 * jax.random.normal(jax.random.key(0), (256, 4))

@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import chex
 import jax
@@ -127,9 +128,17 @@ def degenerate_batches(dtype):
     yield "offset", good + jnp.asarray(1e4, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["relu", "swish", "tanh", "gelu"])
-@pytest.mark.parametrize("stop_gradient", [True, False])
+FAST = [
+    *((name, jnp.float32, False) for name in ("relu", "swish", "tanh", "gelu")),
+    *[("swish", jnp.float32, True), ("relu", jnp.bfloat16, False), ("swish", jnp.float16, False)],
+]
+ALL = list(itertools.product(("relu", "swish", "tanh", "gelu"), DTYPES, (True, False)))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "stop_gradient"),
+    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FAST)],
+)
 def test_degenerate_batches(dtype, name, stop_gradient):
     """Degenerate batches gave NaN elsewhere (flax#1491, equinox#1010)."""
     f = ACTIVATIONS[name]
