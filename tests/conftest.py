@@ -23,6 +23,12 @@ settings.register_profile("fast", max_examples=40, deadline=None, derandomize=Tr
 settings.load_profile("fast")
 
 
+def pytest_configure(config):
+    """Fast tests are compiled fast; the slow ones, many of them the same on more cases, as users' programs are."""
+    if config.option.markexpr == "not slow":
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture
 def unchecked_types():
     """Lets wrong arguments through to the library's own checks."""

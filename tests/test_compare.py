@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from anact_jax import PUBLISHED
 from experiments import compare
 from experiments.cells import Cell, Data, Results, run_cells, train_together
 from experiments.compare import CompareConfig, choose_rate
@@ -222,7 +223,7 @@ def small_cells(*runs, on_test=True, **settings):
 @pytest.mark.slow
 def test_runs_in_one_program_equal_runs_alone():
     data = small_digits()
-    model = MLP(make_layers("nswish", "none", reference="unit"), classes=10, depth=2, width=16)
+    model = MLP(make_layers("nswish", "none", form=PUBLISHED.replace(reference="unit")), classes=10, depth=2, width=16)
     cells = small_cells((0.01, 0), (0.1, 0), (0.1, 1))
     alone = make_steps(model, cells[0].config, data.chosen_on)
     found = train_together(make_steps(model, cells[0].config, data.chosen_on, together=True), data, cells)

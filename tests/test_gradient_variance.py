@@ -32,7 +32,7 @@ def network(activation, depth, width, examples, seed=0):
     return model, *jax.tree.map(jnp.asarray, (batch, variables | {"params": params}))
 
 
-@pytest.mark.parametrize("activation", ["relu", "nswish"])
+@pytest.mark.parametrize("activation", [pytest.param("relu", marks=pytest.mark.slow), "nswish"])
 def test_measured_equals_every_examples_own_gradient(activation):
     """By autodiff through all parameters; the gradient of a bias is delta itself."""
     model, batch, variables = network(activation, depth=3, width=7, examples=6)
@@ -57,7 +57,7 @@ def test_measured_equals_every_examples_own_gradient(activation):
         np.testing.assert_allclose(measured.weight_gradient[index], of_kernel, rtol=1e-4)
 
 
-@pytest.mark.parametrize("activation", ["relu", "ntanh"])
+@pytest.mark.parametrize("activation", ["relu", pytest.param("ntanh", marks=pytest.mark.slow)])
 def test_predicted_for_wide_random_networks(activation):
     """Depth, widths, biases, factors and the loss at the logits enter as they should."""
     model, batch, variables = network(activation, depth=3, width=1024, examples=64)

@@ -15,7 +15,7 @@ from anact_jax import Stats, activation_stats, normalize
 from anact_jax.elementwise import traced
 from anact_jax.kernels import scaling
 
-SHAPES = [(6, 5, 7, 4), (6, 35, 4), (210, 4)]
+SHAPES = [(6, 5, 7, 4), pytest.param((6, 35, 4), marks=pytest.mark.slow), (210, 4)]
 
 
 @pytest.fixture

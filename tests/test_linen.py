@@ -49,6 +49,7 @@ def state_of(variables, path="batch_stats"):
     return Stats(**variables[path])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "module"), list(NAMES.items()))
 def test_named_modules_are_anact_of_that_function(name, module):
     layer = getattr(anact_jax.linen, module)(use_running_average=False)

@@ -28,7 +28,9 @@ MASKS = {
 
 
 @pytest.mark.parametrize("feature_axes", [-1, ()])
-@pytest.mark.parametrize("dtype", [bool, pytest.param(np.int32, marks=pytest.mark.slow), np.float32])
+@pytest.mark.parametrize(
+    "dtype", [bool, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (np.int32, np.float32))]
+)
 @pytest.mark.parametrize("name", MASKS)
 def test_any_broadcastable_mask(name, dtype, feature_axes):
     x, mask = MASKS[name]

@@ -142,6 +142,7 @@ def test_layer_gains_lists_every_activation_in_order_of_execution():
     np.testing.assert_allclose((low, high), (min(factors), max(factors)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_layer_gains_of_channels_are_their_means():
     model = MLP(make_layers("nrelu", "none"), classes=3, depth=2, width=16)
     x = jax.random.normal(jax.random.key(1), (64, 4, 4, 1))
@@ -203,7 +204,7 @@ DEEP = (
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in DEEP else ()) for n in MODELS])
-@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("size", [8, pytest.param(32, marks=pytest.mark.slow)])
 def test_every_network_takes_small_images(name, size):
     model = make_model(name, make_layers("nswish", "batch"), classes=7)
     x = jnp.zeros((2, size, size, 1))
@@ -273,6 +274,7 @@ def test_deep_kernel_shaping_knows_the_depth(model, depth):
     assert shaped is deep_kernel_shaped("tanh", depth)
 
 
+@pytest.mark.slow
 def test_deep_kernel_shaping_counts_shortcuts_by_their_weight():
     depth = Depth(3, (2, 1))
     assert depth.slope(1.1) == pytest.approx(1.1**3 * (0.64 + 0.36 * 1.1**2) * (0.64 + 0.36 * 1.1))

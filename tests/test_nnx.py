@@ -20,8 +20,8 @@ from anact_jax.nnx import ANAct, NSwish
 NAMES = ["NReLU", "NLeakyReLU", "NELU", "NSELU", "NTanh", "NSigmoid", "NSoftplus", "NSwish", "NGELU", "NMish"]
 OPTIONS = [
     {},
-    {"form": PUBLISHED},
-    {"form": Form("exact", stop_gradient=True, learned=True), "features": 12},
+    pytest.param({"form": PUBLISHED}, marks=pytest.mark.slow),
+    pytest.param({"form": Form("exact", stop_gradient=True, learned=True), "features": 12}, marks=pytest.mark.slow),
     {"form": "forward+center+unit+diff+feature+nu0.1"},
 ]
 

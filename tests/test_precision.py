@@ -22,7 +22,10 @@ class Net(nn.Module):
         return nn.Dense(1, dtype=self.dtype)(x)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "name",
+    ["relu", "swish", *(pytest.param(n, marks=pytest.mark.slow) for n in ACTIVATIONS if n not in ("relu", "swish"))],
+)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_half_precision_keeps_its_dtype_and_measures_in_float32(name, dtype):
     f = ACTIVATIONS[name]

@@ -165,6 +165,7 @@ def test_degenerate_batches(dtype, name, stop_gradient):
     chex.assert_tree_all_finite(step(good, running)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_bfloat16_factor_within_a_percent_of_float32(name):
     f, x = ACTIVATIONS[name], normal(shape=(512, 64))

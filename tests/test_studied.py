@@ -37,6 +37,7 @@ def test_statistics_can_lag_or_stay_fixed():
     assert (batch[1], lag[1], fixed[1]) == (2, 2, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["swish", "tanh", "gelu"])
 def test_the_gaussian_scale_brings_an_activation_to_the_limit(name):
     f = ACTIVATIONS[name]
@@ -50,6 +51,7 @@ def test_the_gaussian_scale_leaves_what_is_within_the_limit_and_cannot_mend_a_ki
     assert gaussian_scale(ACTIVATIONS["relu"], 0.1) == SMALLEST_SCALE
 
 
+@pytest.mark.slow
 def test_a_scaled_input_normalizes_what_it_gives():
     x = jax.random.normal(jax.random.key(0), (512, 4))
     layer = activation_layer("ntanh", tempering="scale", form=DEFAULT.replace(rule="forward"))(False)
@@ -73,6 +75,7 @@ def test_a_measured_scale_comes_to_the_limit_at_any_spread_of_the_input_and_stay
     assert after["batch_stats"]["scale"] == scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [0.0, np.nan])
 def test_a_measured_scale_stays_where_a_batch_tells_nothing(dead):
     layer = activation_layer("nswish", tempering="measured")(False)
@@ -80,6 +83,7 @@ def test_a_measured_scale_stays_where_a_batch_tells_nothing(dead):
     assert variables["batch_stats"]["scale"] == np.float32(gaussian_scale(jax.nn.swish, DEFAULT.nonlinearity))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bounds", "least", "most"), [("step", 0.8, 1.2), ("range", 0.5, 2.0)])
 def test_a_factor_stops_at_its_bounds(bounds, least, most):
     """At unit level it would follow the spread of the input; it was 1 for two batches."""

@@ -150,6 +150,7 @@ def test_dense_layers_of_unequal_width_all_activations(name, kind):
     check_dense(name, kind)
 
 
+@pytest.mark.slow
 def test_examples_of_unequal_size():
     """The factor is that of all examples together, and each goes its own way."""
     x = jnp.repeat(jnp.array([0.3, 1.0, 4.0]), 8)[:, None] * jax.random.normal(jax.random.key(1), (24, WIDTHS[0]))
@@ -179,10 +180,7 @@ def residual_network(form, f, options):
 
 FAST_BLOCKS = [
     ("after", "relu", "plain"),
-    ("after", "swish", "mean"),
-    ("after", "softplus", "unit"),
     ("before", "tanh", "centered"),
-    ("before", "relu", "unit centered"),
     ("unequal", "swish", "unit"),
 ]
 ALL_BLOCKS = itertools.product(("after", "before", "unequal"), ACTIVATIONS, OPTIONS)
@@ -280,6 +278,7 @@ def test_rules_keep_what_they_say(name):
 numbers = st.floats(0.1, 10.0)
 
 
+@pytest.mark.slow
 @given(scale=numbers, input_sq=numbers, gradient_sq=numbers)
 def test_scale_laws(scale, input_sq, gradient_sq):
     """ReLU networks are homogeneous in input and weights, normalized ones too; gradients are linear in the gradient."""

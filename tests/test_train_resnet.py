@@ -105,7 +105,7 @@ def config(**settings):
     return TrainConfig(**({"epochs": 6, "batch_size": 32, "learning_rate": 0.05} | settings))
 
 
-@pytest.mark.parametrize("activation", ["swish", "nswish"])
+@pytest.mark.parametrize("activation", [pytest.param("swish", marks=pytest.mark.slow), "nswish"])
 def test_training_learns_and_records_what_it_measures(activation, tmp_path):
     with MetricsLog(tmp_path) as log:
         state, accuracy = run(small_model(activation), config(), log)
