@@ -162,21 +162,29 @@ class Checkpoints:
         """What one checkpoint holds; ValueError if it is of another run, _DamageError if it cannot be read."""
         try:
             progress = self._read(step, progress=ocp.args.JsonRestore())["progress"]
-            saved = {name: leaf.shape for name, leaf in self._manager.item_metadata(step)["state"].tree.items()}
+            saved = dict(self._manager.item_metadata(step)["state"].tree)
             settings = progress.pop("config")
         except Exception as error:  # whatever the readers of a damaged file raise
             raise _DamageError(_in_short(error)) from error
         self._config.check_same_run(settings, self._folder)
         wanted = _by_name(start)
-        self._check_same_arrays(step, saved, {name: leaf.shape for name, leaf in wanted.items()})
-        present = {name: leaf for name, leaf in wanted.items() if name in saved}
-        layout = jax.tree.map(ocp.utils.to_shape_dtype_struct, present)
+        missing = self._missing_statistics(
+            step, *({k: v.shape for k, v in leaves.items()} for leaves in (saved, wanted))
+        )
+        # A layer that lacks a moment counts its batches from 0, so that its first batch replaces all of them.
+        anew = {*missing, *(f"{name.rpartition('/')[0]}/count" for name in missing)}
+        layout = {
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, wanted.get(name, leaf).dtype, sharding=wanted.get(name, start.step).sharding
+            )
+            for name, leaf in saved.items()
+        }
         try:
-            state = wanted | self._read(step, state=ocp.args.StandardRestore(layout))["state"]
+            found = self._read(step, state=ocp.args.StandardRestore(layout))["state"]
         except Exception as error:
             raise _DamageError(_in_short(error)) from error
         return Position(
-            jax.tree.unflatten(jax.tree.structure(start), list(state.values())),
+            jax.tree.unflatten(jax.tree.structure(start), [(wanted if k in anew else found)[k] for k in wanted]),
             progress["step"],
             progress["measured"],
             tuple(progress["records"]),
@@ -186,25 +194,31 @@ class Checkpoints:
     def _read(self, step: int, **items: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-    def _check_same_arrays(
+    def _missing_statistics(
         self, step: int, saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
-    ) -> None:
-        """Raises ValueError unless these shapes are the same, but for statistics that may be missing."""
+    ) -> list[str]:
+        """Names of wanted statistics that were not saved, to be started anew. Saved ones may be more than are wanted.
+
+        Raises:
+            ValueError: they were not asked for anew, or arrays other than statistics differ.
+        """
+        statistics = "batch_stats/"
         missing = [name for name in wanted if name not in saved]
         other = [
             f"{name} {shape}, now {wanted.get(name, 'none')}"
             for name, shape in sorted(saved.items(), reverse=True)  # params before batch_stats
-            if shape != wanted.get(name)
+            if shape != wanted.get(name) and (name in wanted or not name.startswith(statistics))
         ]
         where = f"checkpoint {self._folder / str(step)}"
-        if other or not all(name.startswith("batch_stats/") for name in missing):
+        if other or not all(name.startswith(statistics) for name in missing):
             differing = "; ".join([*other, *(f"{name} none, now {wanted[name]}" for name in missing)][:5])
             raise ValueError(f"{where} is of another network: {differing}; give another --workdir")
         if missing and not self._config.fresh_statistics:
             raise ValueError(
-                f"{where} lacks running statistics, {', '.join(missing[:3])}{', ...' if missing[3:] else ''}; "
-                "--fresh-statistics starts them anew"
+                f"{where} lacks running statistics, {', '.join(missing[:3])}{', ...' if missing[3:] else ''}, which "
+                f"this network keeps (form {self._config.form}); --fresh-statistics starts them anew"
             )
+        return missing
 
     def _unwritten(self, error: Exception) -> str:
         return f"cannot write a checkpoint to {self._folder} ({_in_short(error)}); those written before are whole"

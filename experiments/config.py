@@ -27,6 +27,7 @@ NO_PART_IN_THE_RESULT = (
     "processes",
     "process",
 )
+FORM_SETTINGS = ("rule", "center", "reference", "nonlinearity", "per_feature", "stop_gradient")
 
 
 def _one_of(*names: str) -> str:
@@ -176,7 +177,7 @@ class TrainConfig(Recipe):
     skip_bad_steps: bool = False
     """leave a step out whose loss or gradient is not finite, instead of stopping"""
     fresh_statistics: bool = False
-    """go on from a checkpoint of another --activation, or without normalization: statistics that it lacks start anew"""
+    """go on from a checkpoint of another activation or form: statistics that it lacks start anew"""
     processes: int = 1
     """processes that train together, each with its part of every batch; start all, with the same --workdir"""
     process: int = 0
@@ -235,7 +236,7 @@ class TrainConfig(Recipe):
         A setting that `saved` lacks was added since, and had its default.
         """
         before, now = TrainConfig().settings | dict(saved), self.settings
-        free = {*NO_PART_IN_THE_RESULT, *(("activation",) if self.fresh_statistics else ())}
+        free = {*NO_PART_IN_THE_RESULT, *(("activation", *FORM_SETTINGS) if self.fresh_statistics else ())}
         differing = [
             f"{name} {before.get(name)!r}, now {now.get(name)!r}"
             for name in before | now

@@ -251,6 +251,32 @@ def test_an_old_checkpoint_of_the_same_settings_without_statistics(tmp_path, ste
             checkpoints.restore(start, print)
 
 
+def test_moments_that_a_form_does_not_use_are_left_behind_and_those_it_lacks_start_anew_when_asked_for(tmp_path, steps):
+    few = dataclasses.replace(SETTINGS, rule="forward")
+    cheap = make_steps(small_model(form=few.form), few, DATASET)
+    all_moments, few_moments = first_state(steps, SETTINGS), first_state(cheap, few)
+    assert set(all_moments.batch_stats["ANAct_0"]) > set(few_moments.batch_stats["ANAct_0"])
+    seen = jax.tree.map(lambda leaf: leaf + 1, all_moments.batch_stats)
+    with Checkpoints(tmp_path / "all", SETTINGS) as checkpoints:
+        checkpoints.save(Position(all_moments._replace(batch_stats=seen), 3))
+    with Checkpoints(tmp_path / "all", dataclasses.replace(few, fresh_statistics=True)) as checkpoints:
+        found = checkpoints.restore(few_moments, print).state.batch_stats
+    kept = {name: seen["ANAct_0"][name] for name in found["ANAct_0"]}
+    chex.assert_trees_all_equal(found["ANAct_0"], kept)
+
+    with Checkpoints(tmp_path / "few", few) as checkpoints:
+        checkpoints.save(Position(few_moments._replace(batch_stats=found), 3))
+    with (
+        Checkpoints(tmp_path / "few", SETTINGS) as checkpoints,
+        pytest.raises(ValueError, match=r"rule 'forward', now 'mean'"),
+    ):
+        checkpoints.restore(all_moments, print)
+    with Checkpoints(tmp_path / "few", dataclasses.replace(SETTINGS, fresh_statistics=True)) as checkpoints:
+        anew = checkpoints.restore(all_moments, print).state.batch_stats
+    expected = all_moments.batch_stats["ANAct_0"] | {name: v for name, v in kept.items() if name != "count"}
+    chex.assert_trees_all_equal(anew["ANAct_0"], expected)
+
+
 # What cannot be written.
 
 

@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, str(ROOT / "experiments" / "train_resnet.py")]
 
 
-def small_model(activation="nswish", norm="batch"):
-    return MLP(make_layers(activation, norm), classes=2, depth=2, width=16)
+def small_model(activation="nswish", norm="batch", **options):
+    return MLP(make_layers(activation, norm, **options), classes=2, depth=2, width=16)
 
 
 def two_classes(n, seed=0):
