@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+import anact_jax.nnx
 from anact_jax import ACTIVATIONS, DEFAULT, Stats, anact, initial_stats, normalization
 from anact_jax.linen import NSwish
 
@@ -127,3 +129,28 @@ def test_single_precision_input_stays_single_under_x64():
         y, updates = layer.apply(variables, x, mutable=["batch_stats"])
         assert y.dtype == jnp.float32
         chex.assert_trees_all_equal_dtypes(updates["batch_stats"], variables["batch_stats"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)])
+def test_a_learned_form_trains_under_x64_in_both_apis(dtype):
+    """With strict promotion, as all tests: alpha and the state are float32 or float64, whatever x is."""
+    form = DEFAULT.replace(learned=True)
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (64, 4), dtype)
+        layer = NSwish(use_running_average=False, form=form)
+        variables = layer.init(jax.random.key(1), x)
+        state = {"batch_stats": variables["batch_stats"]}
+
+        def loss(params):
+            y, updates = layer.apply({"params": params} | state, x, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y)), (y, updates)
+
+        gradient, (y, updates) = jax.grad(loss, has_aux=True)(variables["params"])
+        assert y.dtype == dtype
+        chex.assert_trees_all_equal_dtypes(gradient, variables["params"])
+        chex.assert_trees_all_equal_dtypes(updates["batch_stats"], variables["batch_stats"])
+        assert np.abs(gradient["alpha"]).min() > 0
+
+        net = anact_jax.nnx.NSwish(4, form=form, use_running_average=False)
+        of_nnx = nnx.grad(lambda net: jnp.sum(jnp.sin(net(x))))(net)
+        np.testing.assert_array_equal(of_nnx["alpha"][...], gradient["alpha"])
