@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 from tyro.conf import Positional, arg
 
-from experiments.checkpoints import CheckpointError
+from experiments.checkpoints import CheckpointError, silence_orbax
 from experiments.cli import BAD_SETTINGS, FAILED, fail
 from experiments.data import DataError, Dataset
 from experiments.data.pipeline import standardize
@@ -57,6 +57,7 @@ class PredictConfig:
 
 def main() -> int:
     """Runs the program and returns its exit status."""
+    silence_orbax()
     config = tyro.cli(PredictConfig)
     try:
         config.check()

@@ -14,7 +14,7 @@ import jax
 import tyro
 
 from anact_jax.plots import draw
-from experiments.checkpoints import CheckpointError, Checkpoints
+from experiments.checkpoints import CheckpointError, Checkpoints, silence_orbax
 from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, fail, say
 from experiments.config import SETTINGS, TrainConfig, read_settings
 from experiments.data import DataError, Dataset, evaluation_batches, training_batches
@@ -33,6 +33,7 @@ GAIN_IMAGES = 256  # test images on which the gains in the picture are measured
 
 def main() -> int:
     """Runs the program and returns its exit status."""
+    silence_orbax()
     with StopSignal() as stop:
         return run(stop)
 

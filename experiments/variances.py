@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from anact_jax.diagnostics import LayerVariances, table, variances
 from anact_jax.plots import draw
-from experiments.checkpoints import CheckpointError
+from experiments.checkpoints import CheckpointError, silence_orbax
 from experiments.cli import BAD_SETTINGS, FAILED, fail
 from experiments.config import check_positive
 from experiments.data import Batch, DataError, evaluation_batches
@@ -38,6 +38,7 @@ class Config:
 
 def main() -> int:
     """Runs the program and returns its exit status."""
+    silence_orbax()
     config = tyro.cli(Config)
     try:
         check_positive("images", config.images)

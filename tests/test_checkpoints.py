@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import logging
 import shutil
+import sys
 
 import chex
 import jax
@@ -14,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_train_resnet import DATASET, config, small_model
 
 from experiments import train_resnet
-from experiments.checkpoints import CheckpointError, Checkpoints, Position
+from experiments.checkpoints import CheckpointError, Checkpoints, Position, silence_orbax
 from experiments.data import training_batches
 from experiments.data.pipeline import standardize
 from experiments.loop import BadStepError, PreemptedError, evaluate, first_state, train
@@ -24,6 +26,16 @@ from experiments.steps import make_steps
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 SETTINGS = config(epochs=2, batch_size=64, save_every_steps=4)  # 2 epochs of 16 steps, and 2 batches of test images
+
+
+@pytest.fixture(scope="module", autouse=True)
+def silent_orbax():
+    hook, levels = sys.unraisablehook, {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
+    silence_orbax()
+    yield
+    sys.unraisablehook = hook
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +69,11 @@ def stop_at(call):
 
 
 def saved_steps(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    return sorted(int(path.name) // 2 for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def folder_of(workdir, step, evaluated=False):
+    return workdir / "checkpoints" / str(2 * step + evaluated)
 
 
 # The loop asks 16 times in the steps of each epoch and twice in its evaluation.
@@ -167,7 +183,7 @@ def test_a_damaged_checkpoint_is_never_taken_for_whole(steps, interrupted, tmp_p
     start = first_state(steps, SETTINGS)
     with Checkpoints(interrupted, SETTINGS) as checkpoints:
         newest = checkpoints.restore(start, print)
-    files = sorted(path.relative_to(interrupted) for path in (interrupted / "checkpoints" / "22").rglob("*"))
+    files = sorted(path.relative_to(interrupted) for path in folder_of(interrupted, 22).rglob("*"))
     told = {}
     for number, name in enumerate(name for name in files if (interrupted / name).is_file()):
         workdir = tmp_path / str(number)
@@ -189,12 +205,60 @@ def test_a_damaged_checkpoint_is_never_taken_for_whole(steps, interrupted, tmp_p
 
 def test_after_damage_the_run_ends_as_if_there_had_been_none(steps, whole, interrupted, tmp_path, capsys):
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
-    for path in (tmp_path / "checkpoints" / "22").rglob("d/*"):
+    for path in folder_of(tmp_path, 22).rglob("d/*"):
         spoil(path, "truncated")
     chex.assert_trees_all_equal(go_on(steps, tmp_path), whole)
     told = capsys.readouterr().out
-    assert f"checkpoint {tmp_path / 'checkpoints' / '22'} is damaged" in told
-    assert "going on from the one before" in told
+    assert f"checkpoint {folder_of(tmp_path, 22)} cannot be read" in told
+    assert "going on from the one before, and keeping this one as 44.unreadable" in told
+    assert list((tmp_path / "checkpoints" / "44.unreadable").rglob("d/*"))
+
+
+def test_a_save_that_fails_costs_nothing_that_was_saved(steps, tmp_path, monkeypatch):
+    state = first_state(steps, SETTINGS)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path, SETTINGS) as checkpoints:
+        checkpoints.save(Position(state, 2))
+        checkpoints.wait()
+        evaluated = Position(state, 2, True, ({"step": 2, "test_accuracy": 0.5},))
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints._manager, "save", full)
+            with pytest.raises(CheckpointError, match="No space left"):
+                checkpoints.save(evaluated)
+        assert folder_of(tmp_path, 2).exists()
+        checkpoints.save(evaluated)
+        checkpoints.wait()
+        assert folder_of(tmp_path, 2, evaluated=True).exists()
+        assert not folder_of(tmp_path, 2).exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(OSError("stale file handle"), "restored"), (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "refused")],
+)
+def test_a_read_that_fails_once_costs_no_checkpoint(steps, tmp_path, monkeypatch, error, outcome):
+    state = first_state(steps, SETTINGS)
+    with Checkpoints(tmp_path, SETTINGS) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(Position(state, step))
+    with Checkpoints(tmp_path, SETTINGS) as checkpoints:
+        read, errors = checkpoints._read, [error]
+
+        def once(number, **items):
+            if "state" in items and errors:
+                raise errors.pop()
+            return read(number, **items)
+
+        monkeypatch.setattr(checkpoints, "_read", once)
+        if outcome == "restored":
+            assert checkpoints.restore(state, print).step == 3
+        else:
+            with pytest.raises(CheckpointError, match=r"/6 does not fit into memory .*; it is as it was"):
+                checkpoints.restore(state, print)
+    assert saved_steps(tmp_path) == [1, 2, 3]
 
 
 def test_without_a_checkpoint_that_can_be_read_the_run_does_not_start_over(steps, interrupted, tmp_path):

@@ -50,7 +50,7 @@ def start(environment):
 
 def saved_steps(workdir):
     folder = workdir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+    return sorted(int(path.name) // 2 for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
 def until(condition, process, seconds=240):
@@ -73,7 +73,7 @@ def arrays(workdir):
     """What the last checkpoint holds."""
     handlers = {"state": ocp.StandardCheckpointHandler()}
     with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handlers) as manager:
-        step, here = saved_steps(workdir)[-1], jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        step, here = manager.latest_step(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
         like = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
             for name, leaf in manager.item_metadata(step)["state"].tree.items()
