@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, jaxprs_in_params  # type: ignore[attr-defined,unused-ignore]
 from jax.sharding import AbstractMesh, use_abstract_mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array

@@ -18,12 +18,12 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 from tyro.conf import Positional, arg
 
-from experiments.checkpoints import CheckpointError, silence_orbax
 from experiments.cli import BAD_SETTINGS, FAILED, fail
 from experiments.data import DataError, Dataset
 from experiments.data.pipeline import standardize
-from experiments.models import check_name
-from experiments.runs import load_run
+from experiments.networks import check_name
+from experiments.training.checkpoints import CheckpointError, silence_orbax
+from experiments.training.runs import load_run
 
 SPLITS = ("train", "test")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import inspect
 import os
@@ -14,19 +15,19 @@ import jax
 import tyro
 
 from anact_jax.plots import draw
-from experiments.checkpoints import CheckpointError, Checkpoints, silence_orbax
 from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, fail, say
-from experiments.config import SETTINGS, TrainConfig, read_settings
+from experiments.config import SETTINGS, Experiment, read_experiment, read_settings
 from experiments.data import DataError, Dataset, evaluation_batches, training_batches
 from experiments.data.sets import one_line
-from experiments.gains import layer_gains, worst_gains
-from experiments.loop import BadStepError, PreemptedError, first_state, train
-from experiments.models import check_name
-from experiments.network import check_devices, make_network
-from experiments.presets import PRESETS
-from experiments.processes import StopSignal, connect
-from experiments.report import MetricsLog, Unheard, draw_learning_curves
-from experiments.steps import make_steps
+from experiments.networks import check_name
+from experiments.networks.build import check_devices, make_network
+from experiments.recipes import RECIPES
+from experiments.training.checkpoints import CheckpointError, Checkpoints, silence_orbax
+from experiments.training.gains import layer_gains, worst_gains
+from experiments.training.loop import BadStepError, PreemptedError, first_state, train
+from experiments.training.metrics import MetricsLog, Unheard, draw_learning_curves
+from experiments.training.processes import StopSignal, connect
+from experiments.training.steps import make_steps
 
 GAIN_IMAGES = 256  # test images on which the gains in the picture are measured
 
@@ -93,22 +94,30 @@ def run(stop: StopSignal) -> int:
     return status
 
 
-def parse(arguments: Sequence[str]) -> TrainConfig:
-    """The settings at the command line; with `--preset NAME` those that are not given are the preset's.
+def parse(arguments: Sequence[str]) -> Experiment:
+    """The settings at the command line; those not given are those of `--recipe NAME` or of `--config FILE`.
 
     Raises:
-        ValueError: no preset has this name.
+        ValueError: no recipe has this name, or the file does not hold settings.
+        OSError: the file cannot be read.
     """
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--preset", default="digits")
-    known, rest = before.parse_known_args(arguments)
-    check_name("preset", known.preset, PRESETS)
-    listed = "".join(f"\n\n{name}: {preset}" for name, preset in PRESETS.items())
-    description = f"{inspect.getdoc(TrainConfig)}\n\n--preset NAME starts from other settings than these:{listed}"
-    return tyro.cli(TrainConfig, args=rest, default=PRESETS[known.preset].config, description=description)
+    before.add_argument("--recipe", default="digits")
+    before.add_argument("--config", type=Path)
+    start, rest = before.parse_known_args(arguments)
+    check_name("recipe", start.recipe, RECIPES)
+    config = RECIPES[start.recipe].config
+    if start.config is not None:
+        config = dataclasses.replace(read_experiment(start.config), workdir=None)
+    listed = "".join(f"\n\n{name}: {recipe}" for name, recipe in RECIPES.items())
+    description = (
+        f"{inspect.getdoc(Experiment)}\n\n--config FILE starts from the settings that a run wrote, in its {SETTINGS}. "
+        f"--recipe NAME starts from other settings than these:{listed}"
+    )
+    return tyro.cli(Experiment, args=rest, default=config, description=description)
 
 
-def find_workdir(config: TrainConfig) -> Path:
+def find_workdir(config: Experiment) -> Path:
     """The folder for results, which may be new, or hold this run already.
 
     Raises:
@@ -123,7 +132,7 @@ def find_workdir(config: TrainConfig) -> Path:
     return workdir
 
 
-def prepare_workdir(workdir: Path, config: TrainConfig) -> None:
+def prepare_workdir(workdir: Path, config: Experiment) -> None:
     """Makes the folder and writes the settings there, whole or not at all.
 
     Raises:
@@ -135,7 +144,7 @@ def prepare_workdir(workdir: Path, config: TrainConfig) -> None:
     unfinished.rename(workdir / SETTINGS)
 
 
-def gains_at(error: BadStepError, model: nn.Module, dataset: Dataset, config: TrainConfig) -> str:
+def gains_at(error: BadStepError, model: nn.Module, dataset: Dataset, config: Experiment) -> str:
     """In words, the worst gains in the network on the batch that it could not take."""
     batch = next(
         training_batches(

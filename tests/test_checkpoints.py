@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_train_resnet import DATASET, config, small_model
 
 from experiments import train_resnet
-from experiments.checkpoints import CheckpointError, Checkpoints, Position, silence_orbax
 from experiments.data import training_batches
 from experiments.data.pipeline import standardize
-from experiments.loop import BadStepError, PreemptedError, evaluate, first_state, train
-from experiments.report import MetricsLog, read_metrics
-from experiments.steps import make_steps
+from experiments.training.checkpoints import CheckpointError, Checkpoints, Position, silence_orbax
+from experiments.training.loop import BadStepError, PreemptedError, evaluate, first_state, train
+from experiments.training.metrics import MetricsLog, read_metrics
+from experiments.training.steps import make_steps
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -272,7 +272,10 @@ def test_without_a_checkpoint_that_can_be_read_the_run_does_not_start_over(steps
 
 def test_a_run_with_other_settings_is_refused(steps, interrupted):
     other = dataclasses.replace(SETTINGS, learning_rate=0.1, activation="swish", workers=7)
-    with pytest.raises(ValueError, match=r"other settings: activation 'nswish', now 'swish'; learning_rate 0.05, now"):
+    with pytest.raises(
+        ValueError,
+        match=r"other settings: activation 'nswish', now 'swish'; form 'mean.*', now None; learning_rate 0.05, now",
+    ):
         go_on(steps, interrupted, other)
 
 
@@ -316,7 +319,7 @@ def test_an_old_checkpoint_of_the_same_settings_without_statistics(tmp_path, ste
 
 
 def test_moments_that_a_form_does_not_use_are_left_behind_and_those_it_lacks_start_anew_when_asked_for(tmp_path, steps):
-    few = dataclasses.replace(SETTINGS, rule="forward")
+    few = dataclasses.replace(SETTINGS, form="forward+center+unit+diff+feature+nu0.1")
     cheap = make_steps(small_model(form=few.form), few, DATASET)
     all_moments, few_moments = first_state(steps, SETTINGS), first_state(cheap, few)
     assert set(all_moments.batch_stats["ANAct_0"]) > set(few_moments.batch_stats["ANAct_0"])
@@ -332,7 +335,7 @@ def test_moments_that_a_form_does_not_use_are_left_behind_and_those_it_lacks_sta
         checkpoints.save(Position(few_moments._replace(batch_stats=found), 3))
     with (
         Checkpoints(tmp_path / "few", SETTINGS) as checkpoints,
-        pytest.raises(ValueError, match=r"rule 'forward', now 'mean'"),
+        pytest.raises(ValueError, match=r"form 'forward.*, now 'mean"),
     ):
         checkpoints.restore(all_moments, print)
     with Checkpoints(tmp_path / "few", dataclasses.replace(SETTINGS, fresh_statistics=True)) as checkpoints:

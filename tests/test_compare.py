@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from anact_jax import PUBLISHED
-from experiments import compare
-from experiments.cells import Cell, Data, Results, run_cells, train_together
-from experiments.compare import CompareConfig, choose_rate
-from experiments.comparison import Interval, Runs, Side, Variant, arrange, markdown_table
-from experiments.config import TrainConfig
+from anact_jax import DEFAULT, PUBLISHED
+from experiments.config import Experiment, Recipe, Storage
 from experiments.data import load, with_subset
-from experiments.loop import evaluate, train
-from experiments.models import make_layers
-from experiments.models.mlp import MLP
-from experiments.steps import make_steps
+from experiments.networks import make_layers
+from experiments.networks.mlp import MLP
+from experiments.studies import compare
+from experiments.studies.compare import Config, choose_rate
+from experiments.studies.grid import Cell, Results, Splits, run_cells, train_together
+from experiments.studies.intervals import Interval
+from experiments.studies.rivals import network_of
+from experiments.studies.tables import Runs, Side, arrange, markdown_table
+from experiments.training.loop import evaluate, train
+from experiments.training.steps import make_steps
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -31,8 +33,8 @@ ROOT = Path(__file__).parents[1]
     ("arguments", "message"),
     [
         (["--activations", "swsh"], "unknown activation 'swsh'"),
-        (["--variants", "mean+centre"], "unknown extra of a rule 'centre'; expected one of center, unit, diff, learn"),
-        (["--variants", "median"], "unknown rule 'median'"),
+        (["--forms", "mean+centre"], "unknown part 'centre' of form 'mean+centre'; expected one of center, unit, diff"),
+        (["--forms", "median"], "unknown form 'median'"),
         (["--models", "resnet21"], "unknown model 'resnet21'"),
         (["--norms", "instance"], "unknown norm 'instance'"),
         (["--activations", "dmish"], "Deep Kernel Shaping is to be had for elu, gelu, relu"),
@@ -53,33 +55,18 @@ def test_bad_settings_end_in_one_line_before_training(arguments, message, refuse
     assert output.out == ""
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "mean",
-        "exact+center",
-        "harmonic+center+unit+diff+learn",
-        "forward+unit",
-        "mean+feature+lag+nu0.05",
-        "mean+diff+measured+step+nu0.1",
-    ],
-)
-def test_variants_read_as_they_are_written(text):
-    assert str(Variant.parse(text)) == text
-
-
-def test_every_side_comes_once_and_plain_ones_have_no_variant():
-    config = CompareConfig(
-        activations=("swish", "nswish"), variants=("mean", "exact+unit"), models=("mlp10",), norms=("none", "batch")
+def test_every_side_comes_once_and_plain_ones_have_no_form():
+    config = Config(
+        activations=("swish", "nswish", "dswish"),
+        forms=("published", "exact+unit"),
+        models=("mlp10",),
+        norms=("none", "batch"),
     )
-    sides = [(s.activation, s.norm, s.rule, s.reference) for s in config.sides()]
-    assert sides == [
-        ("swish", "none", "mean", "input"),
-        ("nswish", "none", "mean", "input"),
-        ("nswish", "none", "exact", "unit"),
-        ("swish", "batch", "mean", "input"),
-        ("nswish", "batch", "mean", "input"),
-        ("nswish", "batch", "exact", "unit"),
+    settings = [side.settings for side in config.sides()]
+    of_one_norm = [("swish", None, ""), ("nswish", "mean", ""), ("nswish", "exact+unit", "")]
+    of_one_norm.append(("swish", None, "Deep Kernel Shaping"))
+    assert [(s["norm"], s["activation"], s["form"], s["variation"]) for s in settings] == [
+        (norm, *side) for norm in ("none", "batch") for side in of_one_norm
     ]
 
 
@@ -89,13 +76,13 @@ def outcome(validation, test=None, diverged=False):
 
 
 def cell(seed=0, rate=0.1, on_test=True, **settings):
-    return Cell(TrainConfig(learning_rate=rate, seed=seed, validation_images=360, **settings), on_test)
+    return Cell(Recipe(learning_rate=rate, seed=seed, validation_images=360, **settings), on_test)
 
 
 def test_learning_rate_is_chosen_by_all_choice_seeds_and_never_by_the_test_split(tmp_path):
     """With the first seed 0.3 looks best, but it mostly fails; on the test split 0.01 would win."""
     results = Results(tmp_path / "results.jsonl")
-    config = CompareConfig(learning_rates=(0.01, 0.1, 0.3), choice_seeds=3, seeds=5)
+    config = Config(learning_rates=(0.01, 0.1, 0.3), choice_seeds=3, seeds=5)
     validation = {0.01: [0.5, 0.99, 0.99], 0.1: [0.8, 0.8, 0.8], 0.3: [0.9, 0.1, 0.1]}
     test = {0.01: 1.0, 0.1: 0.0, 0.3: 0.5}
     for rate, accuracies in validation.items():
@@ -103,15 +90,15 @@ def test_learning_rate_is_chosen_by_all_choice_seeds_and_never_by_the_test_split
             results.add(cell(seed, rate, on_test=False), outcome(accuracy))
         for seed in range(5):
             results.add(cell(seed, rate), outcome(accuracies[0], test[rate]))
-    assert choose_rate(cell().config, config, results) == 0.1
+    assert choose_rate(cell(on_test=False), config, results) == 0.1
 
 
 def test_of_equal_learning_rates_the_smallest_is_chosen(tmp_path):
     results = Results(tmp_path / "results.jsonl")
-    config = CompareConfig(learning_rates=(0.3, 0.1, 0.2), choice_seeds=1, seeds=1)
+    config = Config(learning_rates=(0.3, 0.1, 0.2), choice_seeds=1, seeds=1)
     for rate in config.learning_rates:
         results.add(cell(1, rate, on_test=False), outcome(0.5))
-    assert choose_rate(cell().config, config, results) == 0.1
+    assert choose_rate(cell(on_test=False), config, results) == 0.1
 
 
 def test_results_survive_a_line_cut_short(tmp_path):
@@ -135,13 +122,30 @@ def test_a_damaged_line_is_named(tmp_path):
         Results(path)
 
 
-def test_where_it_ran_is_no_part_of_a_cell():
-    assert cell(workdir=Path("a"), data_dir=Path("b"), workers=1) == cell()._replace(
-        config=dataclasses.replace(cell().config, workdir=Path("a"), data_dir=Path("b"), workers=1)
-    )
-    assert cell(workdir=Path("a"), data_dir=Path("b"), workers=1).key == cell().key
+def test_the_key_of_a_cell_spells_the_form_out():
+    assert cell(form="default").key == cell(form=str(DEFAULT)).key != cell(form="published").key
+    assert cell(activation="swish").key == cell(activation="swish", form="published").key  # of no meaning there
     assert cell(momentum=0.8).key != cell().key
     assert cell(on_test=False).key != cell().key
+    assert cell()._replace(variation="another").key != cell().key
+
+
+def test_a_variation_that_lost_names_the_commit_that_runs_it(tmp_path):
+    lost = cell(model="mlp5")._replace(variation="mean+center+unit+diff+feature+lag")
+    with pytest.raises(ValueError, match=r"experiments/compare\.py of commit ce3e8fc runs it"):
+        run_cells([lost], Results(tmp_path / "results.jsonl"), Storage(), network_of)
+
+
+def test_two_studies_in_one_file_cut_no_line(tmp_path):
+    path = tmp_path / "results.jsonl"
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); from test_compare import *\n"
+        "results = Results(Path(sys.argv[1]))\n"
+        "for seed in range(100): results.add(cell(seed, float(sys.argv[2])), outcome(0.5, 0.6) | {'long': 'x' * 9000})"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", program, path, rate], cwd=ROOT) for rate in ("0.1", "0.2")]
+    assert [process.wait() for process in running] == [0, 0]
+    assert len(list(Results(path))) == 200
 
 
 def test_intervals_are_student_s():
@@ -184,7 +188,7 @@ def test_table_has_plain_beside_normalized(tmp_path):
     ((place, table),) = arrange(results).items()
     assert (place.dataset, place.model) == ("digits", "resnet20")
     default = "mean+center+unit+diff+feature+nu0.1"
-    assert list(table)[:2] == [Side("none", "lecun", None), Side("none", "lecun", Variant.parse(default))]
+    assert list(table)[:2] == [Side("none", "lecun", None), Side("none", "lecun", default)]
     assert markdown_table(table).splitlines() == [
         f"| activation | plain | normalized, {default} | plain, BatchNorm |",
         "| --- | --- | --- | --- |",
@@ -212,11 +216,11 @@ class Silent:
 
 def small_digits():
     whole = load("digits")
-    return Data(with_subset(whole, train=256, validation=100), whole)
+    return Splits(with_subset(whole, train=256, validation=100), whole)
 
 
 def small_cells(*runs, on_test=True, **settings):
-    config = TrainConfig(epochs=2, batch_size=32, validation_images=100, activation="nswish", norm="none", **settings)
+    config = Experiment(epochs=2, batch_size=32, validation_images=100, activation="nswish", norm="none", **settings)
     return [Cell(dataclasses.replace(config, learning_rate=rate, seed=seed), on_test) for rate, seed in runs]
 
 
@@ -225,12 +229,12 @@ def test_runs_in_one_program_equal_runs_alone():
     data = small_digits()
     model = MLP(make_layers("nswish", "none", form=PUBLISHED.replace(reference="unit")), classes=10, depth=2, width=16)
     cells = small_cells((0.01, 0), (0.1, 0), (0.1, 1))
-    alone = make_steps(model, cells[0].config, data.chosen_on)
-    found = train_together(make_steps(model, cells[0].config, data.chosen_on, together=True), data, cells)
+    alone = make_steps(model, cells[0].recipe, data.chosen_on)
+    found = train_together(make_steps(model, cells[0].recipe, data.chosen_on, together=True), data, cells)
     for cell, outcome in zip(cells, found, strict=True):
-        state, validation_accuracy = train(alone, data.chosen_on, cell.config, Silent(), show_progress=False)
+        state, validation_accuracy = train(alone, data.chosen_on, cell.recipe, Silent(), show_progress=False)
         assert abs(outcome["validation_accuracy"] - validation_accuracy) < 0.0101
-        test_accuracy = evaluate(alone, state, data.judged_on, cell.config.batch_size)["accuracy"]
+        test_accuracy = evaluate(alone, state, data.judged_on, cell.recipe.batch_size)["accuracy"]
         assert abs(outcome["test_accuracy"] - test_accuracy) < 0.01
     assert found[0]["curve"] != found[1]["curve"]
     assert found[1]["curve"] != found[2]["curve"]
@@ -241,7 +245,7 @@ def test_a_diverged_run_counts_as_guessing_and_the_others_go_on():
     data = small_digits()
     model = MLP(make_layers("relu", "none"), classes=10, depth=2, width=16)
     cells = small_cells((1e20, 0), (0.1, 0))
-    together = make_steps(model, cells[0].config, data.chosen_on, together=True)
+    together = make_steps(model, cells[0].recipe, data.chosen_on, together=True)
     failed, fine = train_together(together, data, cells)
     assert failed == {"curve": [], "validation_accuracy": 0.1, "test_accuracy": 0.1, "diverged": True}
     assert not fine["diverged"]
@@ -251,7 +255,7 @@ def test_a_diverged_run_counts_as_guessing_and_the_others_go_on():
 @pytest.mark.slow
 def test_finished_cells_are_not_run_again(tmp_path, run_main):
     arguments = [
-        *("--models", "mlp10", "--norms", "none", "--activations", "tanh", "ntanh", "--variants", "mean"),
+        *("--models", "mlp10", "--norms", "none", "--activations", "tanh", "ntanh", "--forms", "mean"),
         *("--epochs", "2", "--seeds", "2", "--learning-rates", "0.01", "0.1", "--workdir", str(tmp_path)),
     ]
     status, first = run_main(compare, *arguments)
@@ -286,10 +290,10 @@ def test_finished_cells_are_not_run_again(tmp_path, run_main):
 
 @pytest.mark.slow
 def test_cells_of_a_network_with_convolutions_run_too(tmp_path):
-    config = TrainConfig(epochs=2, model="vgg11_narrow", norm="none", validation_images=360, activation="nelu")
+    config = Recipe(epochs=2, model="vgg11_narrow", norm="none", validation_images=360, activation="nelu")
     results = Results(tmp_path / "results.jsonl")
     cells = [Cell(dataclasses.replace(config, seed=seed), on_test=True) for seed in range(2)]
-    run_cells(cells, results)
+    run_cells(cells, results, Storage(), network_of)
     for c in cells:
         found = results.get(c)
         assert len(found["curve"]) == 2
@@ -300,7 +304,14 @@ def test_cells_of_a_network_with_convolutions_run_too(tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("heed_ctrl_c")
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
-    program = [sys.executable, str(ROOT / "experiments" / "compare.py"), "--models", "mlp10", "--workdir", tmp_path]
+    program = [
+        sys.executable,
+        str(ROOT / "experiments" / "studies" / "compare.py"),
+        "--models",
+        "mlp10",
+        "--workdir",
+        tmp_path,
+    ]
     run = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first_line = run.stdout.readline()
     assert "learning rate" in first_line

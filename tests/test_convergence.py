@@ -1,14 +1,12 @@
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from experiments import convergence
-from experiments.comparison import Variant
-from experiments.config import TrainConfig
-from experiments.convergence import Point, distance_from_one, rank_correlation
+from experiments.config import Recipe
 from experiments.data import load
+from experiments.studies import convergence
+from experiments.studies.convergence import Point, distance_from_one, rank_correlation
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -18,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
     [
         (["--activations", "relu", "nswish"], "unknown activation 'nswish'"),
         (["--activations", "relu"], "a correlation needs at least 2 activations, got 1"),
-        (["--variant", "mean+middle"], "unknown extra of a rule 'middle'"),
+        (["--form", "mean+middle"], "unknown part 'middle' of form 'mean+middle'"),
         (["--scales", "1", "-1"], "scales must be a positive number, got -1"),
         (["--model", "mlp11"], "unknown model 'mlp11'"),
         (["--seeds", "0"], "seeds must be at least 1"),
@@ -31,16 +29,13 @@ def test_bad_settings_end_in_one_line(arguments, message, refused):
 @pytest.mark.slow
 def test_distance_is_that_of_he_for_relu():
     """ReLU halves second moments both ways; multiplied by sqrt(2), as He's initialization does, it keeps them."""
-    network = TrainConfig(model="mlp10", norm="none", activation="relu")
+    network = Recipe(model="mlp10", norm="none", activation="relu")
     digits = load("digits")
-    assert abs(distance_from_one(network, digits) - 2 * np.log(2)) < 0.35
-    scaled = dataclasses.replace(network, activation_scale=2**0.5)
-    assert distance_from_one(scaled, digits) < 0.35
-    exact = TrainConfig(model="mlp10", norm="none", activation="ntanh", **Variant.parse("exact")._asdict())
-    assert distance_from_one(exact, digits) < 1e-3
-    assert distance_from_one(dataclasses.replace(exact, activation_scale=2.0), digits) == pytest.approx(
-        2 * np.log(4), rel=1e-3
-    )
+    assert abs(distance_from_one(network, 1.0, digits) - 2 * np.log(2)) < 0.35
+    assert distance_from_one(network, 2**0.5, digits) < 0.35
+    exact = Recipe(model="mlp10", norm="none", activation="ntanh", form="exact")
+    assert distance_from_one(exact, 1.0, digits) < 1e-3
+    assert distance_from_one(exact, 2.0, digits) == pytest.approx(2 * np.log(4), rel=1e-3)
 
 
 def points(pairs, activation):

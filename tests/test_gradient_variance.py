@@ -9,11 +9,11 @@ import pytest
 
 from anact_jax import ACTIVATIONS, PUBLISHED, normalization
 from anact_jax.theory import Variances, plain
-from experiments import gradient_variance
 from experiments.data import Batch
-from experiments.gradient_variance import TITLES, measure, over_networks, predict
-from experiments.models import make_layers
-from experiments.models.mlp import MLP
+from experiments.networks import make_layers
+from experiments.networks.mlp import MLP
+from experiments.studies import gradient_variance
+from experiments.studies.gradient_variance import TITLES, measure, over_networks, predict
 
 PUBLISHED_NORMALIZATION = functools.partial(normalization, form=PUBLISHED)
 
@@ -85,12 +85,12 @@ SMALL = ("--depth", 2, "--width", 8, "--batch-size", 32, "--seeds", 2)
 @pytest.mark.slow
 def test_program_draws_prints_and_writes_numbers(tmp_path, run_main):
     output = tmp_path / "new" / "picture.png"
-    options = ("--activations", "nrelu", "--steps", 0, 3, "--rule", "exact")
+    options = ("--activations", "nrelu", "--steps", 0, 3, "--form", "exact")
     status, printed = run_main(gradient_variance, *SMALL, *options, "--output", output)
     assert (status, printed.err) == (0, "")
     assert output.stat().st_size > 0
     numbers = json.loads(output.with_suffix(".json").read_text())
-    assert (numbers["seeds"], numbers["rule"], numbers["output"]) == (2, "exact", "picture.png")
+    assert (numbers["seeds"], numbers["form"], numbers["output"]) == (2, "exact", "picture.png")
     steps = numbers["variances"]["nrelu"]
     assert list(steps) == ["0", "3"]
     for kind in ("measured", "predicted"):
@@ -105,8 +105,11 @@ def test_program_draws_prints_and_writes_numbers(tmp_path, run_main):
     ("arguments", "message"),
     [
         (("--activations", "nope"), "unknown activation 'nope'"),
-        (("--activations", "nrelu", "--rule", "best"), "unknown rule 'best'"),
-        (("--reference", "output"), "unknown reference 'output'"),
+        (("--activations", "nrelu", "--form", "best"), "unknown form 'best'"),
+        (
+            ("--form", "mean+diff"),
+            "theory predicts forms without diff, feature and nu",
+        ),
         (("--batch-size", 0), "batch_size must lie between 1 and 1437, got 0"),
         (("--batch-size", 5000), "batch_size must lie between 1 and 1437, got 5000"),
         (("--depth", 0), "depth must be a positive number, got 0"),

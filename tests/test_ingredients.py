@@ -5,19 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ingredients
-from experiments.config import TrainConfig
+from experiments.config import Experiment
 from experiments.data import Batch, load
 from experiments.data.pipeline import standardize
-from experiments.ingredients import similarity_and_gradient
-from experiments.network import make_network
+from experiments.networks.build import make_network
+from experiments.studies import ingredients
+from experiments.studies.ingredients import similarity_and_gradient
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.mark.slow
 def test_program_draws_prints_and_writes_numbers(tmp_path, run_main):
-    settings = ("--model", "mlp5", "--epochs", "2", "--seeds", "2", "--variants", "plain", "mean+center")
+    settings = ("--model", "mlp5", "--epochs", "2", "--seeds", "2", "--forms", "plain", "mean+center")
     status, output = run_main(ingredients, *settings, "--output", str(tmp_path / "new" / "picture.png"))
     assert status == 0
     assert output.out.count("similarity") == 2
@@ -35,7 +35,7 @@ def test_similarity_is_the_mean_cosine_of_pairs_and_channels_remove_it():
     batch = Batch(standardize(images, digits), labels, np.ones(16, bool))
     found = {}
     for activation in ("swish", "nswish"):
-        model = make_network(TrainConfig(model="mlp5", norm="none", activation=activation), digits)
+        model = make_network(Experiment(model="mlp5", norm="none", activation=activation), digits)
         variables = model.init(jax.random.key(0), jnp.asarray(batch.images), train=False)
         found[activation], gradient = similarity_and_gradient(model, batch, variables)
         assert gradient.shape == (5,)
@@ -51,7 +51,7 @@ def test_similarity_is_the_mean_cosine_of_pairs_and_channels_remove_it():
     ("arguments", "message"),
     [
         (["--model", "resnet20"], "unknown model 'resnet20'"),
-        (["--variants", "median"], "unknown rule 'median'"),
+        (["--forms", "median"], "unknown form 'median'"),
         (["--seeds", "0"], "seeds must be a positive number"),
     ],
 )

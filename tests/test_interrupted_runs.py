@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments.report import read_metrics
+from experiments.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 

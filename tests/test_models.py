@@ -6,16 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anact_jax import DEFAULT, PUBLISHED, activation_stats, gaussian_stats, tempered
+from anact_jax import DEFAULT, PUBLISHED, activation_stats, tempered
 from anact_jax.linen import ANAct
-from experiments.config import TrainConfig
-from experiments.data import load
-from experiments.gains import factor_range, layer_gains
-from experiments.models import MODELS, NORMS, Depth, Plain, activation_layer, make_layers, make_model
-from experiments.models.layers import conv_by_matmul
-from experiments.models.mlp import MLP
-from experiments.models.shaping import deep_kernel_shaped
-from experiments.network import make_network
+from experiments.networks import MODELS, NORMS, Plain, activation_layer, make_layers, make_model
+from experiments.networks.mlp import MLP
+from experiments.training.gains import factor_range, layer_gains
 
 
 def parameter_count(model, image_shape):
@@ -230,69 +225,3 @@ def test_shown_factors_include_the_learned_correction():
     after = [float(layer.factor) for layer in layer_gains(model, variables, x)]
     np.testing.assert_allclose(after, [before[0], before[1] + 0.3], rtol=1e-6)
     np.testing.assert_allclose(factor_range(variables, form), (min(after), max(after)), rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("size", "kernel", "strides"),
-    [
-        ((7, 8), (3, 3), (2, 2)),
-        ((6, 5), (1, 1), (2, 2)),
-        pytest.param((7, 7), (7, 7), (1, 1), marks=pytest.mark.slow),
-    ],
-)
-def test_convolutions_as_matrix_products_are_the_same(size, kernel, strides):
-    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
-    conv = nn.Conv(4, kernel, strides)
-    variables = conv.init(jax.random.key(1), x)
-    found = conv.clone(conv_general_dilated=conv_by_matmul).apply(variables, x)
-    np.testing.assert_allclose(found, conv.apply(variables, x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["swish", "tanh", "gelu"])
-def test_deep_kernel_shaping_meets_its_conditions(name):
-    """For N(0, 1) input: mean 0, mean square 1, and a slope that 12 layers raise to 1.5."""
-    stats = gaussian_stats(deep_kernel_shaped(name, Depth(12)))
-    np.testing.assert_allclose((stats.mean_out, stats.var_out), (0, 1), atol=5e-3)
-    np.testing.assert_allclose(stats.slope_sq**12, 1.5, rtol=2e-2)
-
-
-@pytest.mark.parametrize(
-    ("model", "depth"),
-    [
-        ("mlp5", Depth(5)),
-        ("cnn12", Depth(12)),
-        ("resmlp16", Depth(0, (1,) * 16)),
-        ("preresmlp16", Depth(0, (1,) * 16)),
-        ("resnet20", Depth(10, (1,) * 9)),
-        ("resnet50", Depth(17, (2,) * 16)),
-        ("wrn16_4", Depth(4, (1, 2) * 3)),
-    ],
-)
-def test_deep_kernel_shaping_knows_the_depth(model, depth):
-    config = TrainConfig(model=model, activation="dtanh", norm="none")
-    [shaped] = {module.fn for module in plain_activations(make_network(config, load("digits")))}
-    assert shaped is deep_kernel_shaped("tanh", depth)
-
-
-@pytest.mark.slow
-def test_deep_kernel_shaping_counts_shortcuts_by_their_weight():
-    depth = Depth(3, (2, 1))
-    assert depth.slope(1.1) == pytest.approx(1.1**3 * (0.64 + 0.36 * 1.1**2) * (0.64 + 0.36 * 1.1))
-    assert Depth(0, (2,)).slope(1.1) == pytest.approx(1.1**2)  # the branch alone
-    x, branch = jax.random.normal(jax.random.key(0), (2, 4096))
-    layers = make_layers("dswish", "none")
-    np.testing.assert_allclose(layers.join(1)(x, branch), 0.8 * x + 0.6 * branch, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(make_layers("swish", "none").join(1)(x, branch), x + branch)
-
-
-def plain_activations(model):
-    found = []
-
-    def on_call(call, args, kwargs, context):
-        if isinstance(context.module, Plain):
-            found.append(context.module)
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(on_call):
-        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    return found

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import jax
@@ -6,11 +7,12 @@ import pytest
 from PIL import Image
 from test_train_resnet import DATASET, config, small_model
 
+from anact_jax import DEFAULT
 from experiments import predict, train_resnet
-from experiments.config import TrainConfig, read_config
+from experiments.config import Experiment, read_experiment
 from experiments.data import load
 from experiments.predict import make_classifier, read_image
-from experiments.steps import make_steps
+from experiments.training.steps import make_steps
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -42,9 +44,12 @@ def test_an_image_file_is_read_as_the_data_set_has_it(tmp_path):
 
 
 def test_settings_come_back_as_they_were_written(tmp_path):
-    config = TrainConfig(model="mlp5", data_dir=tmp_path, workdir=tmp_path, train_images=100)
+    form = "forward+center+unit"
+    config = Experiment(model="mlp5", form=form, data_dir=tmp_path, workdir=tmp_path, train_images=100)
     train_resnet.prepare_workdir(tmp_path, config)
-    assert read_config(tmp_path) == config
+    assert read_experiment(tmp_path) == config
+    train_resnet.prepare_workdir(tmp_path, dataclasses.replace(config, form="default"))
+    assert read_experiment(tmp_path).form == str(DEFAULT)  # spelled out: the default may change
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, run_main):
@@ -58,7 +63,7 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, run_main):
 
 
 def write(workdir):
-    train_resnet.prepare_workdir(workdir, TrainConfig(model="mlp5", epochs=2))
+    train_resnet.prepare_workdir(workdir, Experiment(model="mlp5", epochs=2))
 
 
 @pytest.mark.slow

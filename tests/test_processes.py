@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.config import TrainConfig
-from experiments.loop import train
-from experiments.network import make_network
-from experiments.processes import connect
-from experiments.report import Unheard
-from experiments.steps import make_steps
+from experiments.config import Experiment
+from experiments.networks.build import make_network
+from experiments.training.loop import train
+from experiments.training.metrics import Unheard
+from experiments.training.processes import connect
+from experiments.training.steps import make_steps
 
-CONFIG = TrainConfig(model="resnet20", norm="none", train_images=256, batch_size=32, epochs=1, warmup_epochs=0.0)
+CONFIG = Experiment(model="resnet20", norm="none", train_images=256, batch_size=32, epochs=1, warmup_epochs=0.0)
 
 
 def train_part(index: int, count: int, port: int, output: Path) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from anact_jax import Form
 from experiments.benchmarks import cost
-from experiments.cells import Results
-from experiments.comparison import Variant, arrange, markdown_table
-from experiments.verdict import Config, forms_table, report, rows_of, ways_table
+from experiments.studies.default_form import Config, forms_table, report, rows_of, ways_table
+from experiments.studies.grid import Results
+from experiments.studies.tables import arrange, markdown_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,20 +44,20 @@ def test_thirty_layers_learn_only_when_normalized(word, low, high):
 @pytest.mark.parametrize("study", ["digits", "fashion_mnist"])
 def test_tables_of_results_are_those_of_the_finished_cells(study):
     text = (ROOT / "docs" / "results.md").read_text()
-    tables = arrange(Results(ROOT / "docs" / "results" / study / "results.jsonl"))
+    tables = arrange(Results(ROOT / "experiments" / "results" / study / "results.jsonl"))
     assert tables
     for place, table in tables.items():
         assert markdown_table(table) in text, place
 
 
 def test_tables_of_the_cost_are_those_that_were_measured():
-    measured = json.loads((ROOT / "docs" / "results" / "cost" / "cost.json").read_text())
+    measured = json.loads((ROOT / "experiments" / "results" / "cost" / "cost.json").read_text())
     assert cost.overview(measured["rows"]) in (ROOT / "docs" / "cost.md").read_text()
 
 
 def test_tables_of_the_default_are_those_of_the_finished_cells():
-    text, folder = (ROOT / "docs" / "results.md").read_text(), ROOT / "docs" / "results"
+    text, folder = (ROOT / "docs" / "results.md").read_text(), ROOT / "experiments" / "results"
     choice = Results(folder / "choice" / "results.jsonl")
     assert forms_table(choice) in text
     assert ways_table(choice) in text
-    assert report(rows_of(Results(folder / "verdict" / "results.jsonl"), Variant.parse(Config().variant))) in text
+    assert report(rows_of(Results(folder / "verdict" / "results.jsonl"), Form.parse(Config().form))) in text

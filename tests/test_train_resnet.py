@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from experiments import train_resnet
-from experiments.config import TrainConfig
+from experiments.config import Experiment
 from experiments.data import Batch, Dataset, training_batches
 from experiments.data.pipeline import standardize
 from experiments.data.sets import Arrays
-from experiments.loop import DivergenceError, train
-from experiments.models import make_layers
-from experiments.models.mlp import MLP
-from experiments.network import make_network
-from experiments.presets import PRESETS
-from experiments.report import MetricsLog, draw_learning_curves, read_metrics
-from experiments.steps import create_state, make_eval_step, make_optimizer, make_steps, make_train_step
+from experiments.networks import make_layers
+from experiments.networks.build import make_network
+from experiments.networks.mlp import MLP
+from experiments.recipes import RECIPES
+from experiments.training.loop import DivergenceError, train
+from experiments.training.metrics import MetricsLog, draw_learning_curves, read_metrics
+from experiments.training.steps import create_state, make_eval_step, make_optimizer, make_steps, make_train_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -55,9 +55,9 @@ def run(model, config, log):
     [
         (["--activation", "swsh"], "unknown activation 'swsh'; expected one of elu, gelu"),
         (["--activation", "nnswish"], "unknown activation 'nnswish'"),
-        (["--preset", "resnet"], "unknown preset 'resnet'; expected one of digits, fashion_mnist, resnet18_cifar100"),
-        (["--rule", "median"], "unknown rule 'median'; expected one of mean, forward"),
-        (["--reference", "output"], "unknown reference 'output'"),
+        (["--recipe", "resnet"], "unknown recipe 'resnet'; expected one of digits, fashion_mnist, resnet18_cifar100"),
+        (["--form", "median"], "unknown form 'median'; expected 'published', 'default', or a rule and options"),
+        (["--config", "/nowhere.json"], "No such file"),
         (["--model", "resnet21"], "unknown model 'resnet21'; expected one of resnet20"),
         (["--dataset", "imagenet"], "unknown dataset 'imagenet'; expected one of digits"),
         (["--norm", "instance"], "unknown norm 'instance'; expected one of batch, group, layer, none"),
@@ -95,14 +95,14 @@ def test_help_explains_every_setting(capsys, run_main):
         run_main(train_resnet, "--help")
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for field in TrainConfig.__dataclass_fields__:
+    for field in Experiment.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text
     for name in ("resnet56", "harmonic", "swish", "digits"):
         assert name in text
 
 
 def config(**settings):
-    return TrainConfig(**({"epochs": 6, "batch_size": 32, "learning_rate": 0.05} | settings))
+    return Experiment(**({"epochs": 6, "batch_size": 32, "learning_rate": 0.05} | settings))
 
 
 @pytest.mark.parametrize("activation", [pytest.param("swish", marks=pytest.mark.slow), "nswish"])
@@ -229,25 +229,32 @@ def test_program_leaves_its_results_in_workdir(tmp_path):
     assert b"test/accuracy" in b"".join(path.read_bytes() for path in (tmp_path / "run").glob("events.*"))
 
 
-def test_a_preset_is_where_settings_start():
-    config = train_resnet.parse(["--seed", "3", "--preset", "resnet50_cifar100", "--epochs", "7"])
-    assert config == dataclasses.replace(PRESETS["resnet50_cifar100"].config, seed=3, epochs=7)
-    assert train_resnet.parse([]) == PRESETS["digits"].config == TrainConfig()
+def test_a_recipe_is_where_settings_start():
+    config = train_resnet.parse(["--seed", "3", "--recipe", "resnet50_cifar100", "--epochs", "7"])
+    assert config == dataclasses.replace(RECIPES["resnet50_cifar100"].config, seed=3, epochs=7)
+    assert train_resnet.parse([]) == RECIPES["digits"].config == Experiment()
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_says_what_to_expect(name):
-    preset = PRESETS[name]
-    preset.config.check()
-    assert preset.score.startswith(("measured: ", "published: "))
-    assert ("not measured here" in preset.time) == preset.score.startswith("published")
+def test_what_a_run_wrote_is_where_settings_start(tmp_path):
+    config = Experiment(activation="ntanh", form="published", epochs=3, workdir=tmp_path, data_dir=tmp_path)
+    train_resnet.prepare_workdir(tmp_path, config)
+    found = train_resnet.parse(["--config", str(tmp_path / "config.json"), "--seed", "3"])
+    assert found == dataclasses.replace(config, form="mean", workdir=None, seed=3)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_what_to_expect(name):
+    recipe = RECIPES[name]
+    recipe.config.check()
+    assert recipe.score.startswith(("measured: ", "published: "))
+    assert ("not measured here" in recipe.time) == recipe.score.startswith("published")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_takes_two_steps_at_full_shape(name):
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_takes_two_steps_at_full_shape(name):
     # A batch of 128 images of 32x32 pixels takes 20 GB in ResNet-50.
-    config = dataclasses.replace(PRESETS[name].config, batch_size=16)
+    config = dataclasses.replace(RECIPES[name].config, batch_size=16)
     shapes = {"digits": (8, 8, 1), "fashion_mnist": (14, 14, 1), "cifar100": (32, 32, 3), "tiny_imagenet": (64, 64, 3)}
     shape, classes = shapes[config.dataset], {"cifar100": 100, "tiny_imagenet": 200}.get(config.dataset, 10)
     rng = np.random.default_rng(0)

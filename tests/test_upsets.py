@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import upsets
-from experiments.upsets import dead, grown
+from experiments.studies import upsets
+from experiments.studies.upsets import dead, grown
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

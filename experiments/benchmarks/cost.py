@@ -22,7 +22,7 @@ import tyro
 from experiments.benchmarks import operation, training_step
 from experiments.benchmarks.measuring import Spread, ratios, seconds
 from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
-from experiments.models import check_name
+from experiments.networks import check_name
 
 SHAPES = ((128, 512), (128, 32, 32, 16), (64, 32, 32, 64), (256, 56, 56, 64))
 DTYPES = ("float32", "bfloat16")

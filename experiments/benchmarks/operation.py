@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from anact_jax import DEFAULT
 from anact_jax.linen import NSwish
-from experiments.models.layers import Plain
+from experiments.networks.layers import Plain
 
 PLAIN = "swish"
 

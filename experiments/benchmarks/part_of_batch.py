@@ -14,14 +14,14 @@ import numpy as np
 import tyro
 from jaxtyping import Array
 
-from anact_jax import Form, activation_stats, normalization
+from anact_jax import DEFAULT, Form, activation_stats, normalization
 from anact_jax.linen import ANAct
 from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
-from experiments.config import TrainConfig
+from experiments.config import Experiment
 from experiments.data import DataError, training_batches
-from experiments.models import on_each
-from experiments.network import make_network
-from experiments.steps import make_steps
+from experiments.networks import on_each
+from experiments.networks.build import make_network
+from experiments.training.steps import make_steps
 
 PARTS = (2, 4, 8, 16)
 
@@ -48,8 +48,9 @@ def main() -> int:
     settings = tyro.cli(Config, description=Config.__doc__)
     print(table_head("network", "statistics", *(f"from 1/{part}" for part in PARTS), "the next batch's"))
     for model, per_feature in itertools.product(settings.models, (True, False)):
-        config = TrainConfig(
-            dataset=settings.dataset, model=model, norm="none", batch_size=settings.batch_size, per_feature=per_feature
+        form = DEFAULT.replace(feature_axes=-1 if per_feature else ())
+        config = Experiment(
+            dataset=settings.dataset, model=model, norm="none", batch_size=settings.batch_size, form=str(form)
         )
         try:
             config.check()
@@ -68,7 +69,7 @@ def _off(factors: list[np.ndarray], whole: list[np.ndarray]) -> str:
     return f"{np.median(off):.1%}, {np.quantile(off, 0.95):.1%}"
 
 
-def _factors(config: TrainConfig, steps: int) -> Iterator[dict[int, np.ndarray]]:
+def _factors(config: Experiment, steps: int) -> Iterator[dict[int, np.ndarray]]:
     """Of one batch after another, all factors of the network, from 1/part of its examples, by part."""
     dataset = config.load_data()
     model = make_network(config, dataset)

@@ -17,7 +17,7 @@ from anact_jax.statistics import FEW_SHARDS
 from experiments.benchmarks import operation, training_step
 from experiments.benchmarks.measuring import random_images
 from experiments.cli import table_head, table_row
-from experiments.network import make_network
+from experiments.networks.build import make_network
 
 SHAPES = ((32, 256), (64, 256), (128, 256), (64, 512), (64, 1024))
 DEPTHS = ("mlp5", "mlp10", "mlp30")

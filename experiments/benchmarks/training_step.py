@@ -8,18 +8,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from anact_jax import DEFAULT
 from experiments.benchmarks.measuring import random_images
-from experiments.config import TrainConfig
+from experiments.config import Experiment
 from experiments.data import Batch
-from experiments.network import make_network
-from experiments.steps import make_steps
+from experiments.networks.build import make_network
+from experiments.training.steps import make_steps
 
 PLAIN = "swish"
 
 SIDES: Mapping[str, dict[str, Any]] = {
     PLAIN: {"activation": "swish", "norm": "none"},
     "NSwish": {"activation": "nswish", "norm": "none"},
-    "NSwish, constants": {"activation": "nswish", "norm": "none", "stop_gradient": True},
+    "NSwish, constants": {"activation": "nswish", "norm": "none", "form": str(DEFAULT.replace(stop_gradient=True))},
     "BatchNorm, swish": {"activation": "swish", "norm": "batch"},
     "BatchNorm, NSwish": {"activation": "nswish", "norm": "batch"},
 }
@@ -34,7 +35,7 @@ class Network(NamedTuple):
         classes: number of classes.
     """
 
-    config: TrainConfig
+    config: Experiment
     image: tuple[int, int, int]
     classes: int
 
@@ -44,9 +45,9 @@ class Network(NamedTuple):
 
 
 NETWORKS: Mapping[str, Network] = {
-    "mlp30": Network(TrainConfig(model="mlp30", batch_size=128), (28, 28, 1), 10),
-    "resnet20": Network(TrainConfig(model="resnet20", batch_size=128), (32, 32, 3), 10),
-    "resnet50": Network(TrainConfig(model="resnet50", batch_size=8, stem="imagenet"), (224, 224, 3), 1000),
+    "mlp30": Network(Experiment(model="mlp30", batch_size=128), (28, 28, 1), 10),
+    "resnet20": Network(Experiment(model="resnet20", batch_size=128), (32, 32, 3), 10),
+    "resnet50": Network(Experiment(model="resnet50", batch_size=8, stem="imagenet"), (224, 224, 3), 1000),
 }
 
 

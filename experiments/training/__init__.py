@@ -1,0 +1,1 @@
+"""One training run: its steps, its loop, what it keeps and reports."""

@@ -1,0 +1,52 @@
+"""What the activations of a Linen network do to variance, layer by layer."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from anact_jax import Form
+from anact_jax.diagnostics import LayerGains, gains_on_batch, linen_layers
+from anact_jax.linen import ANAct
+from experiments.networks import Plain
+
+
+def layer_gains(
+    model: nn.Module,
+    variables: PyTree[Array | np.ndarray],
+    images: Float[np.ndarray, "n h w c"] | Float[Array, "n h w c"],
+) -> list[LayerGains]:
+    """Gains of every activation, plain ones too, on a batch, in the order in which they run, in inference mode."""
+
+    def total(variables: PyTree[Array | np.ndarray], images: Array) -> Array:
+        logits: Any = model.apply(variables, images, train=False)
+        return jnp.sum(logits)
+
+    measure = jax.jit(gains_on_batch(total, (ANAct, Plain)))
+    rows: list[LayerGains] = list(jax.device_get(measure(variables, images)))
+    return rows
+
+
+def worst_gains(layers: list[LayerGains]) -> str:
+    """In words, the first activation whose gains are not finite, or else the one with a gain farthest from 1."""
+    if not layers:
+        return "no activation to measure"
+
+    def distance(layer: LayerGains) -> float:
+        values = np.array((layer.forward, layer.backward), np.float64)
+        return float(np.max(np.abs(np.log(values)))) if np.all(np.isfinite(values) & (values > 0)) else np.inf
+
+    worst = max(layers, key=distance)  # the first of equals
+    return f"{worst.name} has forward gain {worst.forward:.3g} and backward gain {worst.backward:.3g}"
+
+
+def factor_range(variables: dict[str, Any], form: Form | str) -> tuple[Array, Array] | None:
+    """Smallest and largest factor in inference, learned corrections included; None without normalized activations."""
+    layers = linen_layers(variables, Form.parse(form))
+    if not layers:
+        return None
+    every = jnp.concatenate([numbers.factor.ravel() for _, numbers in layers.values()])
+    return jnp.min(every), jnp.max(every)

@@ -1,0 +1,51 @@
+"""Finished runs of train_resnet.py, read back."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+
+from experiments.cli import say
+from experiments.config import Experiment, read_experiment
+from experiments.data import Dataset
+from experiments.networks.build import make_network
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.steps import TrainState, make_steps
+
+
+class Run(NamedTuple):
+    """A run.
+
+    Attributes:
+        config: its settings.
+        dataset: what it was trained on.
+        model: its network.
+        initial: where its training started.
+        trained: where its training stood at the checkpoint.
+    """
+
+    config: Experiment
+    dataset: Dataset
+    model: nn.Module
+    initial: TrainState
+    trained: TrainState
+
+
+def load_run(workdir: Path, *, best: bool = False) -> Run:
+    """The run in a folder, at its last checkpoint, or at the one with the best test accuracy.
+
+    Raises:
+        OSError: there is none.
+        ValueError: its settings are damaged, or it has no checkpoint yet, or one of other settings.
+        DataError: what it was trained on cannot be read.
+        CheckpointError: no checkpoint can be read.
+    """
+    config = read_experiment(workdir)
+    dataset = config.load_data()
+    model = make_network(config, dataset)
+    initial = make_steps(model, config, dataset).create(config.seed, config.learning_rate)
+    with Checkpoints(workdir, config, read_only=True) as checkpoints:
+        position = checkpoints.restore(initial, say, best=best)
+    if position is None:
+        raise ValueError(f"{workdir} has no checkpoint yet; train first: python experiments/train_resnet.py")
+    return Run(config, dataset, model, initial, position.state)

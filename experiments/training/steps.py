@@ -1,0 +1,167 @@
+"""Training state, the optimizer, and the compiled steps."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from experiments.config import Training
+from experiments.data import Batch, Dataset
+
+Metrics: TypeAlias = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """All that a step reads and writes."""
+
+    step: Int[Array, ""]
+    params: PyTree[Array]
+    batch_stats: PyTree[Array]
+    opt_state: PyTree[Array]
+    learning_rate: Float[Array, ""]
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """As `apply` takes them."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+class Steps(NamedTuple):
+    """Compiled functions of one network and schedule; they serve every seed and every learning rate.
+
+    Attributes:
+        create: seed and learning rate -> fresh state.
+        train: state, which is consumed, and batch -> next state and metrics: loss, accuracy, and unless it is for
+            runs `together`, `sound` and `sound_gradient`, as `make_train_step` says.
+        evaluate: state and batch -> sums over the batch's valid examples: loss, correct, count.
+    """
+
+    create: Callable[[ArrayLike, ArrayLike], TrainState]
+    train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[TrainState, Batch], Metrics]
+
+
+def make_steps(model: nn.Module, recipe: Training, dataset: Dataset, *, together: bool = False) -> Steps:
+    """The compiled functions; with `together` they take and give a leading axis of runs (`evaluate`: for one batch)."""
+    optimizer = make_optimizer(recipe, steps_per_epoch(recipe, dataset))
+    create: Any = functools.partial(create_state, model, optimizer, dataset.train.shape)
+    train, evaluate = make_train_step(model, optimizer, guarded=not together), make_eval_step(model)
+    if together:
+        create, train, evaluate = jax.vmap(create), jax.vmap(train), jax.vmap(evaluate, (0, None))
+    return Steps(jax.jit(create), jax.jit(train, donate_argnums=0), jax.jit(evaluate))
+
+
+def steps_per_epoch(recipe: Training, dataset: Dataset) -> int:
+    """Full batches in the training data."""
+    return len(dataset.train) // recipe.batch_size
+
+
+def make_optimizer(recipe: Training, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD with momentum, or Adam; weight decay on kernels, under a linear rise and a cosine fall.
+
+    Its peak learning rate is 1; the training step multiplies by the state's, so that one compiled
+    step serves all learning rates.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=1.0,
+        warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
+        decay_steps=recipe.epochs * steps_per_epoch,
+    )
+
+    def kernels(params: PyTree[Array]) -> PyTree[bool]:
+        return jax.tree.map(lambda parameter: parameter.ndim > 1, params)
+
+    method = optax.adam(schedule, b1=recipe.momentum) if recipe.optimizer == "adam" else None
+    return optax.chain(
+        optax.add_decayed_weights(recipe.weight_decay, mask=kernels),
+        method or optax.sgd(schedule, momentum=recipe.momentum),
+    )
+
+
+def create_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    seed: ArrayLike,
+    learning_rate: ArrayLike,
+) -> TrainState:
+    """Fresh state for images of one shape."""
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    rate = jnp.asarray(learning_rate, jnp.float32)
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), rate)
+
+
+def make_train_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, *, guarded: bool = False
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """One step: forward, backward, update of parameters and running statistics.
+
+    Compiled over sharded batches, every mean is global, those of the statistics too.
+
+    Guarded, a step whose loss, gradient or next state is not finite changes nothing but the number of steps. The
+    metrics then tell whether it was `sound`, and the same of each parameter's gradient, `sound_gradient`, in the
+    order of `layer_names`.
+    """
+
+    def loss(params: PyTree[Array], state: TrainState, batch: Batch) -> tuple[Array, tuple[Array, PyTree[Array]]]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updates = model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
+        return jnp.mean(_cross_entropy(logits, batch)), (logits, updates.get("batch_stats", {}))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (value, (logits, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, state, batch)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        updates = jax.tree.map(lambda update: state.learning_rate.astype(update.dtype) * update, updates)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": value, "accuracy": jnp.mean(_correct(logits, batch), dtype=jnp.float32)}
+        new = TrainState(state.step + 1, params, batch_stats, opt_state, state.learning_rate)
+        if guarded:
+            metrics["sound_gradient"] = _finite(gradient)
+            sound = jnp.isfinite(value) & jnp.all(metrics["sound_gradient"]) & jnp.all(_finite(new))
+            metrics["sound"] = sound
+            new = jax.tree.map(functools.partial(jnp.where, sound), new, state._replace(step=new.step))
+        return new, metrics
+
+    return step
+
+
+def layer_names(params: PyTree[Array]) -> list[str]:
+    """For each parameter, in the order of the tree, the layer that has it."""
+    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    return [jax.tree_util.keystr(path[:-1], simple=True, separator="/") for path in paths]
+
+
+def _finite(tree: PyTree[Array]) -> Bool[Array, " leaves"]:
+    """For each array, whether all of it is finite."""
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
+
+
+def make_eval_step(model: nn.Module) -> Callable[[TrainState, Batch], Metrics]:
+    """Sums over a batch's valid examples: loss, correct answers, and their number."""
+
+    def step(state: TrainState, batch: Batch) -> Metrics:
+        logits = model.apply(state.variables, batch.images, train=False)
+        return {
+            "loss": jnp.sum(_cross_entropy(logits, batch), where=batch.valid),
+            "correct": jnp.sum(_correct(logits, batch), where=batch.valid),
+            "count": jnp.sum(batch.valid),
+        }
+
+    return step
+
+
+def _cross_entropy(logits: Any, batch: Batch) -> Float[Array, " batch"]:
+    losses: Array = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return losses
+
+
+def _correct(logits: Any, batch: Batch) -> Bool[Array, " batch"]:
+    return jnp.argmax(logits, axis=-1) == batch.labels

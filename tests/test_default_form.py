@@ -1,0 +1,120 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from anact_jax import DEFAULT, RULES, Form
+from experiments.config import Recipe
+from experiments.studies import default_form
+from experiments.studies.default_form import Config, forms_table, half_width, report, rows_of, usable_range, ways_table
+from experiments.studies.grid import Cell, Results
+from experiments.studies.tables import Runs
+
+FORM = Form.parse(Config().form)
+
+
+def runs(by_rate):
+    return Runs(by_rate={rate: [accuracy] for rate, accuracy in by_rate.items()}, rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("by_rate", "expected"),
+    [
+        ({0.01: 0.80, 0.1: 0.81, 1.0: 0.5}, 10),
+        ({0.01: 0.795, 0.1: 0.81, 1.0: 0.805}, 10),
+        ({0.01: 0.7, 0.1: 0.81, 1.0: 0.7}, 1),
+        ({0.01: 0.1, 0.1: 0.11, 1.0: 0.1}, 0),
+    ],
+)
+def test_usable_range(by_rate, expected):
+    np.testing.assert_allclose(usable_range(runs(by_rate)), expected)
+
+
+def add(results, activation, accuracies, norm="none", variation="", init="lecun", **form):
+    text = str(DEFAULT.replace(**form))
+    recipe = Recipe(activation=activation, norm=norm, form=text, init=init, model="mlp10", learning_rate=0.1)
+    empty = {"curve": [], "diverged": False, "seconds": 1.0}
+    results.add(Cell(dataclasses.replace(recipe, seed=9), False, variation), empty | {"validation_accuracy": 0.5})
+    for seed, accuracy in enumerate(accuracies):
+        cell = Cell(dataclasses.replace(recipe, seed=seed), True, variation)
+        results.add(cell, empty | {"test_accuracy": accuracy})
+
+
+def test_rows_pair_plain_with_the_form_and_find_rivals(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    add(results, "swish", [0.5, 0.6, 0.7])
+    add(results, "nswish", [0.6, 0.7, 0.8])  # the default form
+    add(results, "nswish", [0.9, 0.9, 0.9], rule="forward")  # another one
+    add(results, "swish", [0.7, 0.8, 0.9], variation="Deep Kernel Shaping")
+    add(results, "swish", [0.6, 0.6, 0.6], norm="batch")
+    add(results, "selu", [0.1, 0.1, 0.1])
+    (row,) = rows_of(results, FORM)
+    assert (row.network, row.activation, row.best_rival) == ("mlp10", "swish", "DKS")
+    assert set(row.rivals) == {"DKS", "BatchNorm", "SELU"}
+    np.testing.assert_allclose(row.difference, (0.1, 0), atol=1e-9)
+    text = report([row])
+    assert "| swish | 60.0 ± 24.8 at 0.1 | 70.0 ± 24.8 at 0.1 | +10.0 ± 0.0 | ± 0.0 | 1 / 1 | DKS 80.0" in text
+    assert "Better than plain by 1 point or more in 1." in text
+    assert "Within 1 point of the best rival in 0 of 1" in text
+    head, _, line = text.split("**Default less each rival**\n\n")[1].splitlines()[:3]
+    assert head == "| network | activation | SELU | DKS | BatchNorm |"
+    assert line == "| mlp10 | swish | +60.0 ± 24.8 | -10.0 ± 0.0 | +10.0 ± 24.8 |"
+
+
+def test_behind_a_normalization_layer_the_rivals_are_what_could_stand_in_its_place(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    for norm, activation in (("batch", "swish"), ("batch", "nswish"), ("layer", "swish"), ("none", "swish")):
+        add(results, activation, [0.5, 0.6], norm=norm)
+    add(results, "selu", [0.1, 0.1])
+    add(results, "relu", [0.7, 0.7], init="he")
+    (row,) = rows_of(results, FORM)
+    assert row.network == "mlp10, batch"
+    assert set(row.rivals) == {"LayerNorm", "SELU", "ReLU, He"}
+    assert row.best_rival == "ReLU, He"
+
+
+def test_forms_stand_in_rows_where_many_were_tried_and_in_columns_elsewhere(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    add(results, "swish", [0.5, 0.5])
+    for number, rule in enumerate(RULES):
+        add(results, "nswish", [0.6 + number / 100] * 2, rule=rule)
+    add(results, "swish", [0.7, 0.7], norm="batch")
+    add(results, "nswish", [0.8, 0.8], norm="batch")
+    lines = forms_table(results).splitlines()
+    assert lines[:3] == ["| form | mlp10, swish, pool 1 |", "| --- | --- |", "| plain | 50.0 ± 0.0 at 0.1 |"]
+    assert "| forward+center+unit+diff+feature+nu0.1 | 61.0 ± 0.0 at 0.1 |" in lines[3:9]
+    assert lines[9:] == [
+        "",
+        "| network | plain | mean+center+unit+diff+feature+nu0.1 |",
+        "| --- | --- | --- |",
+        "| mlp10, swish, pool 1, batch | 70.0 ± 0.0 at 0.1 | 80.0 ± 0.0 at 0.1 |",
+    ]
+
+
+def test_ways_are_set_against_the_same_form_without_them(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    for norm in ("none", "batch"):
+        add(results, "nswish", [0.5, 0.6], norm=norm)
+    add(results, "nswish", [0.5, 0.6], rule="forward")
+    add(results, "nswish", [0.4, 0.6], variation="mean+center+unit+diff+feature+scale+nu0.1")
+    add(results, "nswish", [0.7, 0.7], rule="exact", variation="exact, bounded")  # nothing to set it against
+    add(results, "swish", [0.1, 0.1])
+    assert ways_table(results).splitlines()[2:] == [
+        "| form | mlp10, swish, pool 1 |",
+        "| --- | --- |",
+        "| mean+center+unit+diff+feature+scale+nu0.1 | -5.0 ± 63.5 |",
+    ]
+
+
+def test_correction_for_one_comparison_is_none():
+    row = runs({0.1: 0.5})
+    row.verdict = {seed: {"test_accuracy": accuracy} for seed, accuracy in enumerate([0.1, 0.2, 0.4])}
+    interval = row.accuracy()
+    np.testing.assert_allclose(half_width(interval, 3, 1), interval.half_width)
+    assert half_width(interval, 3, 10) > 3 * interval.half_width
+
+
+def test_a_missing_folder_is_named(run_main, tmp_path):
+    status, output = run_main(default_form, "--choice", str(tmp_path))
+    assert status == 2
+    assert "results.jsonl does not exist; experiments/studies/compare.py --workdir" in output.err
