@@ -25,7 +25,8 @@ def test_nonlinearity_is_measured_on_normal_numbers():
 def test_nonlinearity_is_the_slope_at_1_of_the_correlation_map(name):
     f, c = ACTIVATIONS[name], 0.999
     x, other = jax.random.normal(jax.random.key(0), (2, 1_000_000))
-    correlation = jnp.corrcoef(f(x), f(c * x + jnp.sqrt(1 - c**2) * other))[0, 1]
+    both = np.asarray([f(x), f(c * x + jnp.sqrt(1 - c**2) * other)], np.float64)
+    correlation = np.corrcoef(both)[0, 1]
     # ReLU's map has an infinite second derivative at 1, so that its slope is approached like a root.
     slope = (1 - correlation) / (1 - c)
     np.testing.assert_allclose(slope - 1, nonlinearity(f), atol=0.04 if name == "relu" else 0.01)

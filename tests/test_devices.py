@@ -112,7 +112,7 @@ def sharded(steps, data):
 @no_pmap_warning
 def test_eight_devices_train_as_one(how, data):
     once, expected_once = how(1, data), on_one_device(1, data)
-    chex.assert_trees_all_close(once["batch_stats"], expected_once["batch_stats"], rtol=1e-6, atol=1e-7)
+    chex.assert_trees_all_close(once["batch_stats"], expected_once["batch_stats"], rtol=1e-5, atol=1e-6)
     result, expected = how(10, data), on_one_device(10, data)
     chex.assert_trees_all_close(result["params"], expected["params"], rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(result["batch_stats"], expected["batch_stats"], rtol=1e-5, atol=1e-5)
@@ -234,7 +234,7 @@ def test_layer_on_a_mesh_equals_one_device(kind, divided, shape, framework):
             steps.append(step(steps[0][2], -x))
     assert steps[0][0].sharding.is_equivalent_to(x.sharding, x.ndim)
     for result, expected in zip(steps, undivided(framework, shape), strict=False):
-        chex.assert_trees_all_close(*jax.device_get((result, expected)), rtol=1e-4, atol=2e-5)
+        chex.assert_trees_all_close(*jax.device_get((result, expected)), rtol=1e-4, atol=5e-5)
 
 
 def test_meshes_are_explicit_by_default():

@@ -174,6 +174,7 @@ def test_scaling_for_a_cpu_equals_the_formula(shape, axes, small_parts):
     np.testing.assert_array_equal(jax.jit(ours)(*broken), jax.jit(plain)(*broken))
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="XLA wrote one such array before")
 def test_sums_for_the_factor_share_nothing_of_the_inputs_size_with_the_gradient_in_x():
     x, factor, shift = some(jax.random.key(0), (8, 32, 32, 64), (-1,))
 

@@ -37,7 +37,7 @@ def sums(
 
     def part(index: Array | int) -> Sequence[Array]:
         def of(array: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(array, index, axis=1, keepdims=False)  # type: ignore[no-any-return]
+            return jax.lax.dynamic_index_in_dim(array, index, axis=1, keepdims=False)  # type: ignore[no-any-return,unused-ignore]
 
         return terms(of(x), None if mask is None else of(mask), *about)
 
