@@ -15,7 +15,10 @@ from experiments.networks import INITS, MODELS, NORMS, STEMS, ActivationName, ch
 
 OPTIMIZERS = ("sgd", "adam")
 SETTINGS = "config.json"  # file in a run's folder
-BEFORE_ADDED: Mapping[str, Any] = MappingProxyType({})
+DTYPES = ("float32", "bfloat16")
+BEFORE_ADDED: Mapping[str, Any] = MappingProxyType(
+    {"dtype": "float32", "nesterov": False, "label_smoothing": 0.0, "mixup": 0.0, "clip_norm": None, "ema": 0.0}
+)
 """What a setting was before it was added to `Recipe`: files that were written then lack it."""
 
 
@@ -105,11 +108,15 @@ class Parts:
     """channels in a group of group normalization"""
     activation_momentum: float = 0.9
     """weight of the past in the running statistics of activations, 0 to 1"""
+    dtype: Annotated[
+        str, arg(help=f"in which layers compute, {_one_of(*DTYPES)}; parameters, statistics and loss are float32")
+    ] = "float32"
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
         check_name("init", self.init, INITS)
         check_name("stem", self.stem, STEMS)
+        check_name("dtype", self.dtype, DTYPES)
         check_at_least(1, "group_size", self.group_size)
         for name in ("norm_momentum", "activation_momentum"):
             check_fraction(name, getattr(self, name))
@@ -154,19 +161,34 @@ class Training:
     optimizer: Annotated[str, arg(help=_one_of(*OPTIMIZERS))] = "sgd"
     momentum: float = 0.9
     """weight of the past in the gradient's average, 0 to 1"""
+    nesterov: bool = False
+    """look ahead along that average, as Nesterov does (SGD)"""
     weight_decay: float = 5e-4
     """L2 penalty on kernels, added to their gradient"""
+    clip_norm: float | None = None
+    """largest norm of the gradient of all parameters together, by default any"""
+    label_smoothing: float = 0.0
+    """share of each label that is spread over all classes, 0 to 1"""
+    mixup: float = 0.0
+    """blend each image and label with another of the batch, by a weight from Beta(mixup, mixup); 0 for none"""
+    ema: float = 0.0
+    """evaluate an average of the weights and statistics over the steps, with this weight of the past; 0 for none"""
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
         check_name("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("epochs", "batch_size"):
             check_at_least(1, name, getattr(self, name))
-        for name in ("warmup_epochs", "weight_decay"):
+        for name in ("warmup_epochs", "weight_decay", "mixup"):
             check_at_least(0, name, getattr(self, name))
+        if self.clip_norm is not None:
+            check_positive("clip_norm", self.clip_norm)
+        if self.nesterov and self.optimizer != "sgd":
+            raise ValueError(f"nesterov belongs to sgd, not to {self.optimizer}; leave it out")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be less than epochs ({self.epochs}), got {self.warmup_epochs}")
-        check_fraction("momentum", self.momentum)
+        for name in ("momentum", "label_smoothing", "ema"):
+            check_fraction(name, getattr(self, name))
 
     def check_batch(self, dataset: Dataset) -> None:
         """Raises ValueError unless the training data fill a batch."""

@@ -68,7 +68,7 @@ def main() -> int:
     except CheckpointError as error:
         return fail(str(error), FAILED)
     dataset = run.dataset
-    classify = make_classifier(run.model, run.trained.variables, dataset, config.batch_size)
+    classify = make_classifier(run.model, run.trained.evaluated, dataset, config.batch_size)
     if files:
         for path, row in zip(config.images, classify(np.stack(files)), strict=True):
             print(f"{path}: class {row.argmax()}, probability {row.max():.4f}")

@@ -86,7 +86,7 @@ def run(stop: StopSignal) -> int:
         return status
     if status == 0:
         images = next(evaluation_batches(dataset, GAIN_IMAGES)).images
-        rows = layer_gains(model, jax.device_get(state.variables), images)
+        rows = layer_gains(model, jax.device_get(state.evaluated), images)
         draw({"trained": rows}).savefig(workdir / "gains.png", dpi=120)
     draw_learning_curves(workdir)
     if status == 0:

@@ -23,6 +23,7 @@ def layers_of(network: Network) -> Layers:
         init=network.init,
         norm_momentum=network.norm_momentum,
         group_size=network.group_size,
+        dtype=None if network.dtype == "float32" else network.dtype,
         form=network.form,
         momentum=network.activation_momentum,
     )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anact_jax import ACTIVATIONS, Activation
@@ -97,7 +98,9 @@ def activation_layer(name: str, **options: Any) -> Callable[[bool], Layer]:
     return lambda inference: ANAct(fn, use_running_average=inference, **options)
 
 
-def norm_layer(name: str, *, momentum: float, group_size: int) -> Callable[[bool], Layer]:
+def norm_layer(
+    name: str, *, momentum: float, group_size: int, dtype: DTypeLike | None = None
+) -> Callable[[bool], Layer]:
     """Maker of batch, group, layer or no normalization over channels-last input.
 
     Layer normalization is over all of an example, as group normalization with a single group.
@@ -107,11 +110,13 @@ def norm_layer(name: str, *, momentum: float, group_size: int) -> Callable[[bool
     """
     check_name("norm", name, NORMS)
     if name == "batch":
-        return lambda use_running_average: nn.BatchNorm(use_running_average=use_running_average, momentum=momentum)
+        return lambda use_running_average: nn.BatchNorm(
+            use_running_average=use_running_average, momentum=momentum, dtype=dtype
+        )
     if name == "group":
-        return lambda use_running_average: nn.GroupNorm(num_groups=None, group_size=group_size)
+        return lambda use_running_average: nn.GroupNorm(num_groups=None, group_size=group_size, dtype=dtype)
     if name == "layer":
-        return lambda use_running_average: nn.GroupNorm(num_groups=1)
+        return lambda use_running_average: nn.GroupNorm(num_groups=1, dtype=dtype)
     return lambda use_running_average: lambda x: x
 
 
@@ -122,11 +127,14 @@ def make_layers(
     init: str = "lecun",
     norm_momentum: float = 0.9,
     group_size: int = 8,
+    dtype: DTypeLike | None = None,
     **activation_options: Any,
 ) -> Layers:
     """The parts of a network by name; weights are truncated normal of variance `INITS[init]` / fan-in.
 
-    A convolution has a bias only where no normalization layer brings one.
+    A convolution has a bias only where no normalization layer brings one. Layers compute in `dtype`, by default that of
+    their input and parameters, and activations in that of their input; the last layer of each network, which gives
+    the logits, in float32.
 
     Raises:
         ValueError: unknown activation, norm or init.
@@ -134,9 +142,9 @@ def make_layers(
     check_name("init", init, INITS)
     kernel_init = jax.nn.initializers.variance_scaling(INITS[init], "fan_in", "truncated_normal")
     return Layers(
-        conv=functools.partial(nn.Conv, use_bias=norm == "none", kernel_init=kernel_init),
-        dense=functools.partial(nn.Dense, kernel_init=kernel_init),
-        norm=norm_layer(norm, momentum=norm_momentum, group_size=group_size),
+        conv=functools.partial(nn.Conv, use_bias=norm == "none", kernel_init=kernel_init, dtype=dtype),
+        dense=functools.partial(nn.Dense, kernel_init=kernel_init, dtype=dtype),
+        norm=norm_layer(norm, momentum=norm_momentum, group_size=group_size, dtype=dtype),
         act=activation_layer(activation, **activation_options),
         join=Join,
     )

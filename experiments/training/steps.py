@@ -15,21 +15,39 @@ from experiments.config import Training
 from experiments.data import Batch, Dataset
 
 Metrics: TypeAlias = dict[str, Array]
+_PLAINLY = Training()
 
 
 class TrainState(NamedTuple):
-    """All that a step reads and writes."""
+    """All that a step reads and writes.
+
+    Attributes:
+        step: steps taken.
+        params: of the network.
+        batch_stats: its running statistics.
+        opt_state: the optimizer's.
+        learning_rate: at its peak.
+        seed: of what the steps draw by chance.
+        average: `variables` averaged over the steps; None where none is kept.
+    """
 
     step: Int[Array, ""]
     params: PyTree[Array]
     batch_stats: PyTree[Array]
     opt_state: PyTree[Array]
     learning_rate: Float[Array, ""]
+    seed: Int[Array, ""]
+    average: PyTree[Array] = None
 
     @property
     def variables(self) -> dict[str, Any]:
         """As `apply` takes them."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """The variables that are evaluated: the average where there is one."""
+        return self.variables if self.average is None else dict(self.average)
 
 
 class Steps(NamedTuple):
@@ -50,8 +68,8 @@ class Steps(NamedTuple):
 def make_steps(model: nn.Module, recipe: Training, dataset: Dataset, *, together: bool = False) -> Steps:
     """The compiled functions; with `together` they take and give a leading axis of runs (`evaluate`: for one batch)."""
     optimizer = make_optimizer(recipe, steps_per_epoch(recipe, dataset))
-    create: Any = functools.partial(create_state, model, optimizer, dataset.train.shape)
-    train, evaluate = make_train_step(model, optimizer, guarded=not together), make_eval_step(model)
+    create: Any = functools.partial(create_state, model, optimizer, dataset.train.shape, averaged=recipe.ema > 0)
+    train, evaluate = make_train_step(model, optimizer, recipe, guarded=not together), make_eval_step(model)
     if together:
         create, train, evaluate = jax.vmap(create), jax.vmap(train), jax.vmap(evaluate, (0, None))
     return Steps(jax.jit(create), jax.jit(train, donate_argnums=0), jax.jit(evaluate))
@@ -63,7 +81,7 @@ def steps_per_epoch(recipe: Training, dataset: Dataset) -> int:
 
 
 def make_optimizer(recipe: Training, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD with momentum, or Adam; weight decay on kernels, under a linear rise and a cosine fall.
+    """SGD with momentum, or Adam; clipping, weight decay on kernels, under a linear rise and a cosine fall.
 
     Its peak learning rate is 1; the training step multiplies by the state's, so that one compiled
     step serves all learning rates.
@@ -79,9 +97,11 @@ def make_optimizer(recipe: Training, steps_per_epoch: int) -> optax.GradientTran
         return jax.tree.map(lambda parameter: parameter.ndim > 1, params)
 
     method = optax.adam(schedule, b1=recipe.momentum) if recipe.optimizer == "adam" else None
+    clip = [] if recipe.clip_norm is None else [optax.clip_by_global_norm(recipe.clip_norm)]
     return optax.chain(
+        *clip,
         optax.add_decayed_weights(recipe.weight_decay, mask=kernels),
-        method or optax.sgd(schedule, momentum=recipe.momentum),
+        method or optax.sgd(schedule, momentum=recipe.momentum, nesterov=recipe.nesterov),
     )
 
 
@@ -91,19 +111,30 @@ def create_state(
     image_shape: tuple[int, ...],
     seed: ArrayLike,
     learning_rate: ArrayLike,
+    *,
+    averaged: bool = False,
 ) -> TrainState:
     """Fresh state for images of one shape."""
     variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     rate = jnp.asarray(learning_rate, jnp.float32)
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), rate)
+    state = TrainState(
+        jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), rate, jnp.asarray(seed, jnp.int32)
+    )
+    # A copy: each step consumes the state before it, array by array.
+    return state._replace(average=jax.tree.map(jnp.copy, state.variables)) if averaged else state
 
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, *, guarded: bool = False
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    recipe: Training = _PLAINLY,
+    *,
+    guarded: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One step: forward, backward, update of parameters and running statistics.
 
+    With the recipe's mixup, label smoothing and average; its optimizer is `optimizer`.
     Compiled over sharded batches, every mean is global, those of the statistics too.
 
     Guarded, a step whose loss, gradient or next state is not finite changes nothing but the number of steps. The
@@ -113,8 +144,17 @@ def make_train_step(
 
     def loss(params: PyTree[Array], state: TrainState, batch: Batch) -> tuple[Array, tuple[Array, PyTree[Array]]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updates = model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
-        return jnp.mean(_cross_entropy(logits, batch)), (logits, updates.get("batch_stats", {}))
+        images, labels, weight = jnp.asarray(batch.images), jnp.asarray(batch.labels), None
+        if recipe.mixup:
+            key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+            weight = jax.random.beta(key, recipe.mixup, recipe.mixup, dtype=images.dtype)
+            images = weight * images + (1 - weight) * images[::-1]  # batches come shuffled: any other will do
+        logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        losses = _cross_entropy(logits, labels, recipe.label_smoothing)
+        if weight is not None:
+            of_others = _cross_entropy(logits, labels[::-1], recipe.label_smoothing)
+            losses = weight * losses + (1 - weight) * of_others
+        return jnp.mean(losses), (logits, updates.get("batch_stats", {}))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (value, (logits, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, state, batch)
@@ -122,7 +162,9 @@ def make_train_step(
         updates = jax.tree.map(lambda update: state.learning_rate.astype(update.dtype) * update, updates)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": value, "accuracy": jnp.mean(_correct(logits, batch), dtype=jnp.float32)}
-        new = TrainState(state.step + 1, params, batch_stats, opt_state, state.learning_rate)
+        new = state._replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
+        if recipe.ema:
+            new = new._replace(average=_averaged(new, recipe.ema))
         if guarded:
             metrics["sound_gradient"] = _finite(gradient)
             sound = jnp.isfinite(value) & jnp.all(metrics["sound_gradient"]) & jnp.all(_finite(new))
@@ -148,9 +190,9 @@ def make_eval_step(model: nn.Module) -> Callable[[TrainState, Batch], Metrics]:
     """Sums over a batch's valid examples: loss, correct answers, and their number."""
 
     def step(state: TrainState, batch: Batch) -> Metrics:
-        logits = model.apply(state.variables, batch.images, train=False)
+        logits = model.apply(state.evaluated, batch.images, train=False)
         return {
-            "loss": jnp.sum(_cross_entropy(logits, batch), where=batch.valid),
+            "loss": jnp.sum(_cross_entropy(logits, jnp.asarray(batch.labels)), where=batch.valid),
             "correct": jnp.sum(_correct(logits, batch), where=batch.valid),
             "count": jnp.sum(batch.valid),
         }
@@ -158,8 +200,19 @@ def make_eval_step(model: nn.Module) -> Callable[[TrainState, Batch], Metrics]:
     return step
 
 
-def _cross_entropy(logits: Any, batch: Batch) -> Float[Array, " batch"]:
-    losses: Array = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+def _averaged(state: TrainState, decay: float) -> PyTree[Array]:
+    """The average after a step; that of the first steps is plain, so that it forgets where it started."""
+    weight = jnp.minimum(decay, state.step / (state.step + 9)).astype(jnp.float32)
+    return jax.tree.map(
+        lambda old, new: (weight * old + (1 - weight) * new).astype(old.dtype), state.average, state.variables
+    )
+
+
+def _cross_entropy(logits: Any, labels: Int[Array, " batch"], smoothing: float = 0.0) -> Float[Array, " batch"]:
+    losses: Array = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if smoothing:  # the mean over the classes is what a uniform label gives
+        uniform = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+        losses = (1 - smoothing) * losses + smoothing * uniform
     return losses
 
 
