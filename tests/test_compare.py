@@ -19,6 +19,7 @@ from experiments.studies import compare
 from experiments.studies.compare import Config, choose_rate
 from experiments.studies.grid import Cell, Results, Splits, run_cells, train_together
 from experiments.studies.intervals import Interval
+from experiments.studies.report import write_reports
 from experiments.studies.rivals import network_of
 from experiments.studies.tables import Runs, Side, arrange, markdown_table
 from experiments.training.loop import evaluate, train
@@ -195,6 +196,30 @@ def test_table_has_plain_beside_normalized(tmp_path):
         "| relu | 11.0 ± 2.5 at 0.1, 3 diverged |  |  |",
         "| swish | 51.0 ± 2.5 at 0.1 | 71.0 ± 2.5 (**+20.0 ± 0.0**) at 0.1 | 81.0 ± 2.5 at 0.1 |",
     ]
+
+
+def test_the_report_opens_with_the_winner_and_reads_on_a_phone(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    for activation, form, norm, accuracy in (
+        ("swish", "default", "none", 0.5),
+        ("nswish", "default", "none", 0.7),
+        ("nswish", "published", "none", 0.6),
+        ("tanh", "default", "batch", 0.65),
+    ):
+        for seed in range(3):
+            settings = {"activation": activation, "form": form, "norm": norm}
+            results.add(cell(seed, 0.1, **settings), outcome(0.5, accuracy + 0.01 * seed))
+            results.add(cell(seed + 3, 0.1, on_test=False, **settings), outcome(0.5))
+    markdown, page = (path.read_text() for path in write_reports(results, tmp_path, "compare.py --seeds 3"))
+    assert markdown.splitlines()[2] == (
+        "digits, resnet20: **swish (normalized, default form)** has the highest test accuracy, 71.0 ± 2.5%; "
+        "+20.0 ± 0.0 points against the plain activation in the same network; +5.0 ± 0.0 against the next best, tanh "
+        "(plain, BatchNorm)."
+    )
+    assert "<td>swish</td><td>normalized, published form</td><td>61.0 ± 2.5 (<b>+10.0 ± 0.0</b>) at 0.1†</td>" in page
+    assert '<meta name="viewport"' in page
+    assert "<code>compare.py --seeds 3</code>" in page
+    assert "<em>at</em>" in page
 
 
 def test_a_learning_rate_chosen_anew_replaces_the_runs_at_the_old_one(tmp_path):

@@ -21,8 +21,6 @@ MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images, training and test, up to wh
 _DECODED_AT_ONCE = 1024
 _SAMPLE = 10_000  # training images, evenly spaced, that give mean and deviation of the channels
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of data sets not prepared and of OpenCV not installed
-
 
 class DataError(Exception):
     """A data set cannot be read; the message says why and what to do."""
@@ -142,7 +140,8 @@ _STORED = {
     "cifar100": _Kind("test", pad=4, flip=True),
     "tiny_imagenet": _Kind("validation", pad=4, flip=True),
 }
-DATASETS = ("digits", *_STORED)
+DATASETS = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100, "tiny_imagenet": 200}
+"""Names, and numbers of classes."""
 
 
 def load(name: str, data_dir: Path | None = None, memory_limit: int = MEMORY_LIMIT) -> Dataset:
@@ -186,6 +185,7 @@ def make_builder(name: str, data_dir: Path | None) -> Any:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise DataError(f"{name} needs {error.name}; install what reads it: pip install -e '.[experiments]'") from error
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of data sets not prepared and of OpenCV not installed
     try:
         if name == "tiny_imagenet":
             from experiments.data.tiny_imagenet import TinyImagenet

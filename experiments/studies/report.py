@@ -2,7 +2,8 @@
 
 import base64
 import html
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
+from anact_jax.form import NAMED
+from experiments.data import DATASETS
 from experiments.studies.grid import Results
-from experiments.studies.tables import Place, Runs, Table, arrange, markdown_table
+from experiments.studies.intervals import Interval
+from experiments.studies.tables import Place, Runs, Side, Table, arrange, cell, markdown_table
 
 _PANELS_IN_A_ROW = 3
 _HOW_TO_READ = (
@@ -25,27 +30,29 @@ _HOW_TO_READ = (
 )
 
 
-def draw_curves(table: Table, path: Path) -> None:
+def draw_curves(table: Table, path: Path, guessing: float) -> None:
     """Validation accuracy over epochs at the chosen learning rate: mean over seeds, band from worst to best.
 
     From where a run has diverged on, it is drawn as guessing.
     """
+    outcomes = [found for column in table.values() for runs in column.values() for found in runs.verdict.values()]
+    epochs = max(len(found["curve"]) for found in outcomes)
 
     def draw(panel: Axes, runs: Runs, **style: Any) -> None:
         curves = [
             ([record["validation_accuracy"] for record in outcome["curve"]], outcome["validation_accuracy"])
             for outcome in runs.verdict.values()
         ]
-        epochs = max(len(curve) for curve, _ in curves)
         values = np.array([curve + [final] * (epochs - len(curve)) for curve, final in curves])
         panel.plot(range(1, epochs + 1), values.mean(0), marker=".", **style)
         panel.fill_between(range(1, epochs + 1), values.min(0), values.max(0), color=style["color"], alpha=0.15)
         panel.set(xlabel="epoch", ylabel="validation accuracy")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    _draw_panels(table, path, draw)
+    _draw_panels(table, path, guessing, draw)
 
 
-def draw_rates(table: Table, path: Path) -> None:
+def draw_rates(table: Table, path: Path, guessing: float) -> None:
     """Validation accuracy over learning rates: how wide the range is that works."""
 
     def draw(panel: Axes, runs: Runs, **style: Any) -> None:
@@ -53,15 +60,17 @@ def draw_rates(table: Table, path: Path) -> None:
         panel.plot(rates, [np.mean(runs.by_rate[rate]) for rate in rates], marker=".", **style)
         panel.set(xlabel="learning rate", ylabel="validation accuracy", xscale="log")
 
-    _draw_panels(table, path, draw)
+    _draw_panels(table, path, guessing, draw)
 
 
-def _draw_panels(table: Table, path: Path, draw: Callable[..., None]) -> None:
+def _draw_panels(table: Table, path: Path, guessing: float, draw: Callable[..., None]) -> None:
+    """A panel for each activation, with a line for each side and one for guessing."""
     activations = sorted({name for column in table.values() for name in column})
     columns = min(_PANELS_IN_A_ROW, len(activations))
     rows = -(-len(activations) // columns)
+    width, height = max(4.2 * columns, 7), 3 * rows + 0.25 * len(table)  # the legend: a line for each side
     figure, panels = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 3 * rows), layout="constrained", squeeze=False, sharey=True
+        rows, columns, figsize=(width, height), layout="constrained", squeeze=False, sharey=True
     )
     for panel in panels.flat[len(activations) :]:
         panel.axis("off")
@@ -69,30 +78,67 @@ def _draw_panels(table: Table, path: Path, draw: Callable[..., None]) -> None:
         for number, (side, column) in enumerate(table.items()):
             if activation in column:
                 line = "--" if side == side.plain else "-"
-                draw(panel, column[activation], color=f"C{number}", linestyle=line, label=str(side))
+                draw(panel, column[activation], color=f"C{number}", linestyle=line, label=in_words(side))
+        panel.axhline(guessing, color="gray", linestyle=":", linewidth=1, label="guessing")
         panel.set(title=activation, ylim=(0, 1.02))
         panel.label_outer()
         panel.grid(alpha=0.3)
     handles = {
         text: line for panel in panels.flat for line, text in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize="small")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize="small")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
+def in_words(side: Side) -> str:
+    """A side's label, with the names of the forms that have one."""
+    named = {str(form): f"{name} form" for name, form in NAMED.items()}
+    return str(side if side.variation else side._replace(form=named.get(side.form or "", side.form)))
+
+
+def winner(table: Table) -> str:
+    """One sentence: what has the highest accuracy, and by how much it is ahead of the plain activation and of the rest.
+
+    Differences are paired by seed, with their 95% intervals.
+    """
+    entries = [(side, name, runs) for side, column in table.items() for name, runs in column.items()]
+    entries.sort(key=lambda entry: -entry[2].accuracy().mean)
+    (side, name, best), *others = entries
+
+    def entry(side: Side, name: str) -> str:
+        return f"{name} ({in_words(side)})"
+
+    parts = [f"**{entry(side, name)}** has the highest test accuracy, {best.accuracy()}%"]
+    plain = table.get(side.plain, {}).get(name)
+    if plain is not None and side != side.plain:
+        parts.append(f"{_signed(best.against(plain))} points against the plain activation in the same network")
+    rest = [(s, n, runs) for s, n, runs in others if (s, n) != (side.plain, name)]
+    if rest:
+        other_side, other_name, other = rest[0]
+        parts.append(f"{_signed(best.against(other))} against the next best, {entry(other_side, other_name)}")
+    return "; ".join(parts) + "."
+
+
+def _signed(interval: Interval) -> str:
+    return f"{'+' if interval.mean > 0 else ''}{interval}"
+
+
 def write_reports(results: Results, workdir: Path, command: str) -> list[Path]:
     """Writes all results to `report.md`, with the pictures beside it, and to `report.html`, with the pictures in it."""
-    intro = [f"Last addition by `{command}`.", _HOW_TO_READ]
+    tables = arrange(results)
+    won = [f"{place.dataset}, {place.model}: {winner(table)}" for place, table in tables.items()]
+    opening = [won[0]] if len(won) == 1 else ["\n".join(f"- {sentence}" for sentence in won)]
+    intro = [*opening, f"Last addition by `{command}`.", _HOW_TO_READ]
     markdown = ["# Comparison", *intro]
-    page = ["<h1>Comparison</h1>", *(f"<p>{html.escape(text)}</p>" for text in intro)]
-    for place, table in arrange(results).items():
-        title, recipe = f"{place.dataset}, {place.model}", _recipe(place, table)
+    page = ["<h1>Comparison</h1>", *map(_paragraph, (*won, *intro[1:]))]
+    for place, table in tables.items():
+        title, recipe, guessing = f"{place.dataset}, {place.model}", _recipe(place, table), 1 / DATASETS[place.dataset]
         markdown += [f"## {title}", recipe, markdown_table(table)]
-        page += [f"<h2>{html.escape(title)}</h2>", f"<p>{html.escape(recipe)}</p>", _html_table(markdown_table(table))]
+        page += [f"<h2>{html.escape(title)}</h2>", _paragraph(recipe), _html_table(table)]
         for kind, draw in (("curves", draw_curves), ("rates", draw_rates)):
             picture = workdir / f"{place.file_name}-{kind}.png"
-            draw(table, picture)
+            draw(table, picture, guessing)
             markdown.append(f"![{title}, {kind}]({picture.name})")
             encoded = base64.b64encode(picture.read_bytes()).decode()
             page.append(f'<img alt="{html.escape(title)}, {kind}" src="data:image/png;base64,{encoded}">')
@@ -115,25 +161,37 @@ def _recipe(place: Place, table: Table) -> str:
     )
 
 
-def _html_table(markdown: str) -> str:
-    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines())
+def _html_table(table: Table) -> str:
+    """A row for each activation on each side, so that it fits a narrow screen."""
+    rows = ["<tr><th>activation</th><th>network</th><th>test accuracy (against plain) at learning rate</th></tr>"]
+    for activation in sorted({name for column in table.values() for name in column}):
+        for side, column in table.items():
+            if activation in column:
+                cells = (activation, in_words(side), cell(table, side, activation))
+                rows.append("<tr>" + "".join(f"<td>{_inline(text)}</td>" for text in cells) + "</tr>")
+    return "<table>" + "".join(rows) + "</table>"
 
-    def line(cells: Iterable[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{_emphasis(html.escape(cell))}</{tag}>" for cell in cells) + "</tr>"
 
-    return "<table>" + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+def _paragraph(text: str) -> str:
+    return f"<p>{_inline(text)}</p>"
 
 
-def _emphasis(text: str) -> str:
-    before, *middle = text.split("**")
-    return f"{before}<b>{middle[0]}</b>{middle[1]}" if middle else before
+def _inline(text: str) -> str:
+    """Markdown's bold, emphasis and code as HTML; a form may be broken at each plus."""
+    text = html.escape(text)
+    for pattern, tag in ((r"\*\*(.+?)\*\*", "b"), (r"\*(.+?)\*", "em"), (r"`(.+?)`", "code")):
+        text = re.sub(pattern, rf"<{tag}>\1</{tag}>", text)
+    return re.sub(r"(?<=[a-z])\+(?=[a-z])", "+<wbr>", text)
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Comparison</title>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Comparison</title>
 <style>
 body {{ font-family: sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse }} th, td {{ border: 1px solid #ccc; padding: 0.2rem 0.6rem; text-align: left }}
+table {{ border-collapse: collapse }}
+th, td {{ border: 1px solid #ccc; padding: 0.2rem 0.6rem; text-align: left; overflow-wrap: anywhere }}
+td:first-child, th:first-child {{ overflow-wrap: normal }} code {{ overflow-wrap: anywhere }}
 img {{ max-width: 100%; display: block; margin: 1rem 0 }}
 </style>
 {body}

@@ -124,11 +124,12 @@ def markdown_table(table: Table) -> str:
     sides = list(table)
     rows = [table_head("activation", *map(str, sides))]
     for activation in sorted({name for column in table.values() for name in column}):
-        rows.append(table_row(activation, *(_cell(table, side, activation) for side in sides)))
+        rows.append(table_row(activation, *(cell(table, side, activation) for side in sides)))
     return "\n".join(rows)
 
 
-def _cell(table: Table, side: Side, activation: str) -> str:
+def cell(table: Table, side: Side, activation: str) -> str:
+    """An entry of the table; empty where nothing was run."""
     runs = table[side].get(activation)
     if runs is None:
         return ""
