@@ -66,6 +66,7 @@ def test_source_distribution_holds_no_measured_runs(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (sdist,) = tmp_path.glob("*.tar.gz")
-    names = tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as archive:
+        names = archive.getnames()
     assert not any("/results/" in name for name in names)
     assert any(name.endswith("experiments/studies/grid.py") for name in names)
