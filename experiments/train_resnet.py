@@ -35,14 +35,17 @@ GAIN_IMAGES = 256  # test images on which the gains in the picture are measured
 def main() -> int:
     """Runs the program and returns its exit status."""
     silence_orbax()
-    with StopSignal() as stop:
-        return run(stop)
-
-
-def run(stop: StopSignal) -> int:
-    """The program, which saves and ends when `stop` says so."""
     try:
         config = parse(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        return fail(str(error), BAD_SETTINGS)
+    with StopSignal() as stop:
+        return run(config, stop)
+
+
+def run(config: Experiment, stop: StopSignal) -> int:
+    """Trains, or goes on; saves and ends when `stop` says so. Returns the exit status, and says what went wrong."""
+    try:
         config.check()
         workdir = find_workdir(config)
         connect(config)
