@@ -49,7 +49,7 @@ def test_step_lowers_for_a_gpu(name):
     assert "bf16" in text
 
 
-@pytest.mark.parametrize("name", ["digits", "resnet18_cifar100"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_step_compiles_for_eight_tpus(name):
     pytest.importorskip("libtpu", reason="pip install libtpu: it compiles for a TPU without having one")
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices

@@ -251,8 +251,8 @@ def test_every_recipe_says_what_to_expect(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_takes_two_steps_at_full_shape(name):
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "resnet18_cifar100"])  # all: test_recipes.py, for a TPU
+def test_a_recipe_takes_two_steps_at_full_shape(name):
     # A batch of 128 images of 32x32 pixels takes 20 GB in ResNet-50.
     config = dataclasses.replace(RECIPES[name].config, batch_size=16)
     shapes = {"digits": (8, 8, 1), "fashion_mnist": (14, 14, 1), "cifar100": (32, 32, 3), "tiny_imagenet": (64, 64, 3)}
