@@ -144,8 +144,18 @@ class Network(Parts):
         super().check()
         check_name("model", self.model, MODELS)
         check_name("norm", self.norm, NORMS)
-        ActivationName.parse(self.activation)
         Form.parse(self.form)
+        normalized = ActivationName.parse(self.activation).normalized
+        heeded = {
+            "form": normalized,
+            "activation_momentum": normalized,
+            "norm_momentum": self.norm == "batch",
+            "group_size": self.norm == "group",
+        }
+        for field in dataclasses.fields(Network):
+            if not heeded.get(field.name, True) and getattr(self, field.name) != field.default:
+                sort = f"activation {self.activation!r} and norm {self.norm!r}"
+                raise ValueError(f"{field.name} has no effect with {sort}; leave it out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +167,7 @@ class Training:
     batch_size: int = 64
     """examples in a step, over all devices"""
     warmup_epochs: float = 1.0
-    """epochs during which the learning rate rises"""
+    """epochs during which the learning rate rises; at most half of them count"""
     optimizer: Annotated[str, arg(help=_one_of(*OPTIMIZERS))] = "sgd"
     momentum: float = 0.9
     """weight of the past in the gradient's average, 0 to 1"""
@@ -185,8 +195,6 @@ class Training:
             check_positive("clip_norm", self.clip_norm)
         if self.nesterov and self.optimizer != "sgd":
             raise ValueError(f"nesterov belongs to sgd, not to {self.optimizer}; leave it out")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs must be less than epochs ({self.epochs}), got {self.warmup_epochs}")
         for name in ("momentum", "label_smoothing", "ema"):
             check_fraction(name, getattr(self, name))
 
@@ -213,13 +221,16 @@ class Recipe(Training, Network, Data):
             part.check(self)
         check_positive("learning_rate", self.learning_rate)
         check_at_least(0, "seed", self.seed)
+        if self.seed >= 2**31:
+            raise ValueError(f"seed must be less than 2**31, got {self.seed}")
 
     @property
     def recipe(self) -> dict[str, Any]:
         """Its settings by name, as JSON holds them: the form spelled out, None where nothing is normalized."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
-        normalized = ActivationName.parse(self.activation).normalized
-        return settings | {"form": str(Form.parse(self.form)) if normalized else None}
+        activation = ActivationName.parse(self.activation)
+        form = str(Form.parse(self.form)) if activation.normalized else None
+        return settings | {"activation": str(activation), "form": form}
 
     @classmethod
     def part_of(cls, settings: object, **others: Any) -> "Recipe":

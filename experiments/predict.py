@@ -100,16 +100,27 @@ def make_classifier(model: nn.Module, variables: dict[str, Any], dataset: Datase
 def read_image(path: Path, dataset: Dataset) -> UInt8[np.ndarray, "height width channels"]:
     """An image file in the shape and range of the data set's images.
 
+    What is transparent is taken as white.
+
     Raises:
-        ValueError: it is not an image.
-        OSError: it cannot be read.
+        ValueError: it is not an image, damaged, or too large to be one.
+        OSError: there is no such file.
     """
     height, width, channels = dataset.train.shape
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image: Image.Image = file
+            if image.mode.startswith("I"):  # 16 bits
+                image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
+            elif image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             pixels = np.asarray(image.convert("RGB" if channels == 3 else "L").resize((width, height)))
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image file; expected PNG, JPEG or the like") from error
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}); expected PNG, JPEG or the like") from error
     return np.rint(pixels.reshape(height, width, channels) / 255 * dataset.largest).astype(np.uint8)
 
 

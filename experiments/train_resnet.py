@@ -66,6 +66,8 @@ def run(config: Experiment, stop: StopSignal) -> int:
                 return fail(str(error), BAD_SETTINGS)
             if start is not None:
                 say(f"going on from step {start.step} in {workdir}")
+            devices = jax.devices()
+            say(f"training on {len(devices)} x {devices[0].device_kind}; the first step is compiled before it is taken")
             records = start.records if start else ()
             with MetricsLog(workdir, records) if config.process == 0 else contextlib.nullcontext(Unheard()) as log:
                 state, accuracy = train(steps, dataset, config, log, start=start, checkpoints=checkpoints, stop=stop)
@@ -93,6 +95,7 @@ def run(config: Experiment, stop: StopSignal) -> int:
         draw({"trained": rows}).savefig(workdir / "gains.png", dpi=120)
     draw_learning_curves(workdir)
     if status == 0:
+        print(f"pictures: {workdir / 'learning_curves.png'}, {workdir / 'gains.png'}")
         print(f"test_accuracy={accuracy:.4f} workdir={workdir}")
     return status
 

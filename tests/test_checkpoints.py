@@ -361,6 +361,14 @@ def test_a_folder_that_is_gone_is_seen(steps, tmp_path):
 # Numbers that are not finite.
 
 
+def test_a_run_that_ends_in_its_third_step_leaves_what_it_measured(steps, tmp_path):
+    with pytest.raises(BadStepError, match="at step 3"):
+        go_on(with_bad_step(steps, 3), tmp_path)
+    (record,) = read_metrics(tmp_path)
+    assert record["step"] == 2
+    assert np.isfinite(record["train_loss"])
+
+
 def with_bad_step(steps, at, value=np.nan):
     """The same steps, but the images of one are spoiled."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from anact_jax import DEFAULT, PUBLISHED, activation_stats, tempered
 from anact_jax.linen import ANAct
-from experiments.networks import MODELS, NORMS, Plain, activation_layer, make_layers, make_model
+from experiments.networks import MODELS, NORMS, ActivationName, Plain, activation_layer, make_layers, make_model
 from experiments.networks.mlp import MLP
 from experiments.training.gains import factor_range, layer_gains
 
@@ -111,6 +111,14 @@ def test_initial_variance(init):
 def test_unknown_names_are_refused_by_the_maker(norm, init, message):
     with pytest.raises(ValueError, match=message):
         make_layers("relu", norm, init=init)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("NSwish", "nswish"), ("nSiLU", "nsilu"), ("NLeakyReLU", "nleaky_relu"), ("GELU", "gelu"), ("nselu", "nselu")],
+)
+def test_activations_go_by_the_names_of_their_modules_too(name, meant):
+    assert str(ActivationName.parse(name)) == meant
 
 
 def test_unknown_activation_is_refused():

@@ -43,6 +43,32 @@ def test_an_image_file_is_read_as_the_data_set_has_it(tmp_path):
         read_image(tmp_path / "text.png", digits)
 
 
+@pytest.mark.parametrize("kind", ["16 bits", "transparent", "palette"])
+def test_any_sort_of_image_is_read_by_its_brightness(tmp_path, kind):
+    digits = load("digits")
+    grey = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+    image = {
+        "16 bits": Image.fromarray(grey.astype(np.uint16) * 257),
+        "transparent": Image.merge("LA", (Image.fromarray(grey * 0), Image.fromarray(255 - grey))),  # black on nothing
+        "palette": Image.fromarray(grey).convert("P"),
+    }[kind]
+    image.save(tmp_path / "image.png")
+    found = read_image(tmp_path / "image.png", digits)[..., 0]
+    np.testing.assert_allclose(found, grey / 255 * 16, atol=0.6)
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    digits = load("digits")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cut\.png cannot be read as an image"):
+        read_image(tmp_path / "cut.png", digits)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"whole\.png cannot be read as an image \(Image size"):
+        read_image(tmp_path / "whole.png", digits)
+
+
 def test_settings_come_back_as_they_were_written(tmp_path):
     form = "forward+center+unit"
     config = Experiment(model="mlp5", form=form, data_dir=tmp_path, workdir=tmp_path, train_images=100)

@@ -135,6 +135,18 @@ def test_bfloat16_computes_in_it_and_keeps_everything_else_in_float32(model, nor
     assert logits.dtype == jnp.float32
 
 
+@pytest.mark.parametrize(("epochs", "warmup", "peak"), [(1, 1.0, 5), (10, 1.0, 10), (10, 3.0, 30)])
+def test_learning_rate_rises_for_half_of_training_at_most(epochs, warmup, peak):
+    recipe = dataclasses.replace(SETTINGS, epochs=epochs, warmup_epochs=warmup, momentum=0.0, weight_decay=0.0)
+    optimizer, size = make_optimizer(recipe, 10), jnp.ones(())
+    state, rates = optimizer.init(size), []
+    for _ in range(10 * epochs):
+        update, state = optimizer.update(size, state, size)
+        rates.append(-float(update))
+    assert int(np.argmax(rates)) == peak
+    assert rates[-1] < 0.4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",

@@ -1,5 +1,6 @@
 """Names, as they are given at the command line."""
 
+import difflib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -20,11 +21,23 @@ class ActivationName(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> "ActivationName":
-        """Raises ValueError unless `name` is an activation, or one with an n before it."""
-        if name in ACTIVATIONS:
-            return cls(False, name)
-        if name[:1] == "n" and name[1:] in ACTIVATIONS:
-            return cls(True, name[1:])
+        """From a name such as `nswish`, or as the modules are called, `NSwish`, `NLeakyReLU`.
+
+        Raises:
+            ValueError: it is neither an activation nor one with an n before it; the message suggests a near one.
+        """
+        plain = {known.replace("_", ""): known for known in ACTIVATIONS}
+        known = plain | {f"n{short}": f"n{name}" for short, name in plain.items()}
+        short = name.lower().replace("_", "")
+        if short in plain:
+            return cls(False, plain[short])
+        if short in known:
+            return cls(True, plain[short[1:]])
+        near = difflib.get_close_matches(short, known, n=1)
         raise ValueError(
             f"unknown activation {name!r}; expected one of {', '.join(ACTIVATIONS)}, or n (normalized) and its name"
+            + (f". Did you mean {known[near[0]]!r}?" if near else "")
         )
+
+    def __str__(self) -> str:
+        return ("n" if self.normalized else "") + self.base

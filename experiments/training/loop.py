@@ -30,11 +30,14 @@ class BadStepError(DivergenceError):
     Attributes:
         step: where, counted from 1.
         variables: of the network; finite, as that step did not change them.
+        before: metrics of the steps since the last report on training.
     """
 
-    def __init__(self, message: str, step: int, variables: PyTree[Array]) -> None:
+    def __init__(
+        self, message: str, step: int, variables: PyTree[Array], before: tuple[dict[str, Any], ...] = ()
+    ) -> None:
         super().__init__(message)
-        self.step, self.variables = step, variables
+        self.step, self.variables, self.before = step, variables, before
 
 
 class PreemptedError(Exception):
@@ -108,10 +111,19 @@ def train(
         log.write(**record)
         position = position._replace(records=(*position.records, record))
 
-    def save() -> None:
+    def check() -> None:
         nonlocal position
-        if checkpoints is not None:
+        try:
             position = _checked(position, config)
+        except BadStepError as error:
+            if error.before:  # an early end leaves what was measured
+                position = position._replace(step=error.step - 1)
+                report(**_mean_of(error.before))
+            raise
+
+    def save() -> None:
+        if checkpoints is not None:
+            check()
             checkpoints.save(position)
 
     def heed() -> None:
@@ -137,7 +149,7 @@ def train(
                 state=state, step=position.step + 1, measured=False, recent=(*position.recent, metrics)
             )
             if (position.step - first) % every == 0 or position.step == end:
-                position = _checked(position, config)
+                check()
                 values = _mean_of(position.recent)
                 position = position._replace(recent=())
                 spread = factors(position.state.variables)
@@ -197,7 +209,7 @@ def _checked(position: Position, config: Experiment) -> Position:
     Raises:
         BadStepError: a step was not sound and `config` does not leave it out.
     """
-    recent = []
+    recent: list[dict[str, Any]] = []
     for step, metrics in enumerate(jax.device_get(position.recent), start=position.step - len(position.recent) + 1):
         sound = bool(metrics["sound"])
         if not sound and not config.skip_bad_steps:
@@ -209,6 +221,7 @@ def _checked(position: Position, config: Experiment) -> Position:
                 f"the loss is {metrics['loss']} at step {step}; {where}a smaller --learning-rate may help",
                 step,
                 position.state.variables,
+                tuple(recent),
             )
         values = {name: float(metrics[name]) for name in ("loss", "accuracy")} if sound else {}
         recent.append({"sound": sound, **values})

@@ -89,7 +89,7 @@ def make_optimizer(recipe: Training, steps_per_epoch: int) -> optax.GradientTran
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=1.0,
-        warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
+        warmup_steps=round(min(recipe.warmup_epochs, recipe.epochs / 2) * steps_per_epoch),
         decay_steps=recipe.epochs * steps_per_epoch,
     )
 
