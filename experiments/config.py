@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from tyro.conf import arg
 
@@ -13,6 +13,7 @@ from anact_jax import ACTIVATIONS, RULES, Form
 from experiments.data import DATASETS, Augmentation, Dataset, load, with_subset
 from experiments.networks import INITS, MODELS, NORMS, STEMS, ActivationName, check_name
 
+Kind = TypeVar("Kind", bound="Settings")
 OPTIMIZERS = ("sgd", "adam")
 SETTINGS = "config.json"  # file in a run's folder
 DTYPES = ("float32", "bfloat16")
@@ -27,7 +28,21 @@ def _one_of(*names: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Storage:
+class Settings:
+    """What all settings have in common; each kind checks its own, after those that it is made of."""
+
+    def check(self) -> None:
+        """Raises ValueError, in one line, at the first setting that cannot be."""
+
+    @classmethod
+    def part_of(cls: type[Kind], settings: "Settings", **others: Any) -> Kind:
+        """With what other settings have in common with these, and others."""
+        names = [field.name for field in dataclasses.fields(cls) if hasattr(settings, field.name)]
+        return cls(**{name: getattr(settings, name) for name in names} | others)
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage(Settings):
     """Where data sets are, and how they are read."""
 
     data_dir: Path | None = None
@@ -39,12 +54,13 @@ class Storage:
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
+        super().check()
         for name in ("workers", "memory_gib"):
             check_at_least(0, name, getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class Data(Settings):
     """What is trained on."""
 
     dataset: Annotated[str, arg(help=_one_of(*DATASETS))] = "digits"
@@ -63,6 +79,7 @@ class Data:
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
+        super().check()
         check_name("dataset", self.dataset, DATASETS)
         check_at_least(1, "pool", self.pool)
         for name in ("cutout", "validation_images"):
@@ -93,7 +110,7 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class Parts(Settings):
     """How the parts of a network are made, whatever the network and its activation."""
 
     init: Annotated[
@@ -114,6 +131,7 @@ class Parts:
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
+        super().check()
         check_name("init", self.init, INITS)
         check_name("stem", self.stem, STEMS)
         check_name("dtype", self.dtype, DTYPES)
@@ -159,7 +177,7 @@ class Network(Parts):
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class Training(Settings):
     """How it is trained, at any learning rate."""
 
     epochs: int = 15
@@ -186,6 +204,7 @@ class Training:
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
+        super().check()
         check_name("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("epochs", "batch_size"):
             check_at_least(1, name, getattr(self, name))
@@ -217,8 +236,7 @@ class Recipe(Training, Network, Data):
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        for part in (Data, Network, Training):
-            part.check(self)
+        super().check()
         check_positive("learning_rate", self.learning_rate)
         check_at_least(0, "seed", self.seed)
         if self.seed >= 2**31:
@@ -231,12 +249,6 @@ class Recipe(Training, Network, Data):
         activation = ActivationName.parse(self.activation)
         form = str(Form.parse(self.form)) if activation.normalized else None
         return settings | {"activation": str(activation), "form": form}
-
-    @classmethod
-    def part_of(cls, settings: object, **others: Any) -> "Recipe":
-        """With what these settings have in common with a recipe, and others."""
-        names = [field.name for field in dataclasses.fields(cls) if hasattr(settings, field.name)]
-        return cls(**{name: getattr(settings, name) for name in names} | others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,11 +290,6 @@ class Experiment(Run, Recipe):
     The same configuration and seed give the same numbers on the same machine.
     """
 
-    def check(self) -> None:
-        """Raises ValueError, in one line, at the first setting that cannot be; `make_network` tries the network's."""
-        Recipe.check(self)
-        Run.check(self)
-
     def load_data(self) -> Dataset:
         """See `Data.load`; ValueError too where the training data do not fill a batch."""
         dataset = self.load(self)
@@ -296,7 +303,7 @@ class Experiment(Run, Recipe):
 
     def check_same_run(self, saved: Mapping[str, Any], where: Path) -> None:
         """Raises ValueError, naming the settings that differ, unless a run with these saved settings can go on."""
-        before, now = dict(BEFORE_ADDED) | dict(saved), self.recipe
+        before, now = {**BEFORE_ADDED, **saved}, self.recipe
         free = ("activation", "form") if self.fresh_statistics else ()
         differing = [
             f"{name} {before.get(name)!r}, now {value!r}"
@@ -333,7 +340,7 @@ def read_experiment(path: Path) -> Experiment:
     Raises:
         ValueError: they are not settings of this program.
     """
-    settings = dict(BEFORE_ADDED) | read_settings(path)
+    settings = {**BEFORE_ADDED, **read_settings(path)}
     unknown = settings.keys() - {field.name for field in dataclasses.fields(Experiment)}
     if unknown:
         raise ValueError(f"{path} has settings that this program does not know: {', '.join(sorted(unknown))}")

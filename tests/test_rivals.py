@@ -1,6 +1,5 @@
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from anact_jax import gaussian_stats
 from experiments.config import Recipe
 from experiments.data import load
-from experiments.networks import Plain
+from experiments.networks import Plain, on_each
 from experiments.studies.rivals import DEEP_KERNEL_SHAPING, Depth, WeightedSum, deep_kernel_shaped, network_of
 
 
@@ -50,12 +49,6 @@ def test_deep_kernel_shaping_counts_shortcuts_by_their_weight():
 
 def plain_activations(model):
     found = []
-
-    def on_call(call, args, kwargs, context):
-        if isinstance(context.module, Plain):
-            found.append(context.module)
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(on_call):
+    with on_each(Plain, lambda module, _: found.append(module)):
         jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     return found

@@ -29,10 +29,8 @@ class ActivationName(NamedTuple):
         plain = {known.replace("_", ""): known for known in ACTIVATIONS}
         known = plain | {f"n{short}": f"n{name}" for short, name in plain.items()}
         short = name.lower().replace("_", "")
-        if short in plain:
-            return cls(False, plain[short])
         if short in known:
-            return cls(True, plain[short[1:]])
+            return cls(short not in plain, plain.get(short) or plain[short[1:]])
         near = difflib.get_close_matches(short, known, n=1)
         raise ValueError(
             f"unknown activation {name!r}; expected one of {', '.join(ACTIVATIONS)}, or n (normalized) and its name"

@@ -61,8 +61,7 @@ class Config(Storage, Training, Parts, Data):
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        for part in (Storage, Training, Parts, Data):
-            part.check(self)
+        super().check()
         for name in self.activations:
             _named(name)
         for form in self.forms:
@@ -130,17 +129,13 @@ def compare_side(side: Cell, config: Config, results: Results) -> str:
     """Chooses the learning rate of one network, then runs it with all seeds; returns what came out, in words."""
     rate = choose_rate(side, config, results)
     verdict = [_at(side, rate, seed)._replace(on_test=True) for seed in range(config.seeds)]
-    run_cells(verdict, results, _storage(config), network_of)
+    run_cells(verdict, results, Storage.part_of(config), network_of)
     accuracies = [finished(cell, results)["test_accuracy"] for cell in verdict]
     return f"learning rate {rate:g}, test accuracy {np.mean(accuracies):.4f}"
 
 
 def _at(side: Cell, rate: float, seed: int) -> Cell:
     return side._replace(recipe=dataclasses.replace(side.recipe, learning_rate=rate, seed=seed))
-
-
-def _storage(config: Config) -> Storage:
-    return Storage(config.data_dir, config.memory_gib, config.workers)
 
 
 def choose_rate(side: Cell, config: Config, results: Results) -> float:
@@ -152,7 +147,7 @@ def choose_rate(side: Cell, config: Config, results: Results) -> float:
 
     def mean_accuracies(rates: Sequence[float], seeds: Iterable[int]) -> dict[float, float]:
         cells = {rate: [_at(side, rate, seed) for seed in seeds] for rate in rates}
-        run_cells(itertools.chain(*cells.values()), results, _storage(config), network_of)
+        run_cells(itertools.chain(*cells.values()), results, Storage.part_of(config), network_of)
         return {
             rate: float(np.mean([finished(cell, results)["validation_accuracy"] for cell in row]))
             for rate, row in cells.items()

@@ -29,7 +29,7 @@ from experiments.data import DataError, Dataset, training_batches
 from experiments.networks import MODELS, Layer, check_name
 from experiments.networks.build import check_devices, layers_of, make_network
 from experiments.studies.ensemble import for_ensemble
-from experiments.studies.grid import Cell, Results, check_can_be_run, run_cells
+from experiments.studies.grid import Cell, Results, not_run_today, run_cells
 from experiments.training.gains import layer_gains
 
 matplotlib.use("Agg")
@@ -66,8 +66,7 @@ class Config(Storage, Training, Parts, Data):
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        for part in (Storage, Training, Parts, Data):
-            part.check(self)
+        super().check()
         for name in self.activations:
             check_name("activation", name, ACTIVATIONS)
         Form.parse(self.form)
@@ -115,7 +114,7 @@ def network_of(recipe: Recipe, variation: str, dataset: Dataset) -> nn.Module:
         act, scale = layers.act, float(variation.removeprefix(_FACTOR))
         layers = layers._replace(act=lambda inference: Scaled(act(inference), scale))
     elif variation:
-        check_can_be_run(variation)
+        raise not_run_today(variation)
     return make_network(recipe, dataset, layers)
 
 
@@ -163,8 +162,7 @@ def measure_point(recipe: Recipe, scale: float, config: Config, dataset: Dataset
         ]
         for rate in config.learning_rates
     }
-    storage = Storage(config.data_dir, config.memory_gib, config.workers)
-    run_cells(itertools.chain(*cells.values()), results, storage, network_of)
+    run_cells(itertools.chain(*cells.values()), results, Storage.part_of(config), network_of)
     start = float(np.log(dataset.classes))  # the loss of guessing, and what a diverged epoch counts as
 
     def mean_loss(rate: float) -> float:

@@ -115,7 +115,7 @@ def ways_table(results: Results) -> str:
             continue
         without = table.get(side._replace(variation=""), {}).get(activation)
         if without is not None:
-            networks.setdefault(network, {})[side.label] = _signed(table[side][activation].against(without))
+            networks.setdefault(network, {})[side.label] = table[side][activation].against(without).signed
     return "\n".join(["**Ways beside the library's, less the same form without them**", "", *_by_form(networks)])
 
 
@@ -199,7 +199,7 @@ def _against_rivals(rows: list[Row]) -> str:
         table_row(
             row.network,
             row.activation,
-            *(_signed(row.default.against(row.rivals[name])) if name in row.rivals else "" for name in names),
+            *(row.default.against(row.rivals[name]).signed if name in row.rivals else "" for name in names),
         )
         for row in rows
     ]
@@ -209,22 +209,18 @@ def _against_rivals(rows: list[Row]) -> str:
 def _line(row: Row, comparisons: int) -> str:
     difference, rival = row.difference, row.best_rival
     corrected = half_width(difference, len(row.default.verdict), comparisons)
-    against = "" if rival is None else f"{_signed(row.default.against(row.rivals[rival]))}"
+    against = "" if rival is None else row.default.against(row.rivals[rival]).signed
     cells = [
         row.activation,
         f"{row.plain.accuracy()} at {row.plain.rate:g}",
         f"{row.default.accuracy()} at {row.default.rate:g}",
-        _signed(difference),
+        difference.signed,
         f"± {100 * corrected:.1f}",
         " / ".join(_ratio(usable_range(runs)) for runs in (row.plain, row.default)),
         "" if rival is None else f"{rival} {row.rivals[rival].accuracy()}",
         against,
     ]
     return table_row(*cells)
-
-
-def _signed(interval: Interval) -> str:
-    return f"{'+' if interval.mean > 0 else ''}{interval}"
 
 
 def _ratio(value: float) -> str:

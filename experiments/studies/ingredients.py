@@ -20,7 +20,7 @@ from tyro.conf import arg
 
 from anact_jax import Form
 from experiments.cli import BAD_SETTINGS, fail
-from experiments.config import Recipe, check_positive
+from experiments.config import Recipe, Settings, check_positive
 from experiments.data import Batch, Dataset, load
 from experiments.data.pipeline import standardize
 from experiments.networks import CHAINS, ActivationName, check_name
@@ -42,7 +42,7 @@ _POINTS = 50  # on a curve over training
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Measures deep plain networks at initialization and while they train on the digits, form by form."""
 
     activation: str = "swish"

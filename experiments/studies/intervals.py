@@ -27,6 +27,11 @@ class Interval(NamedTuple):
         """Whether all of the interval lies on one side of 0."""
         return abs(self.mean) > self.half_width
 
+    @property
+    def signed(self) -> str:
+        """In percent, as a difference: with its sign."""
+        return f"{'+' if self.mean > 0 else ''}{self}"
+
     def __str__(self) -> str:
         width = "" if np.isnan(self.half_width) else f" ± {100 * self.half_width:.1f}"
         return f"{100 * self.mean:.1f}{width}"

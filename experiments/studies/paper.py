@@ -77,7 +77,7 @@ class Config(Storage):
         base = SETTINGS[self.dataset]
         changes = {name: value for name in ("epochs", "model") if (value := getattr(self, name)) is not None}
         folder = f"{self.dataset}-{side.replace(', ', '-').replace(' ', '_')}-{seed}"
-        storage = {field.name: getattr(self, field.name) for field in dataclasses.fields(Storage)}
+        storage = dataclasses.asdict(Storage.part_of(self))
         return dataclasses.replace(
             base, **SIDES[side], **changes, **storage, dtype=self.dtype, seed=seed, workdir=self.workdir / folder
         )
@@ -121,10 +121,9 @@ def report(dataset: str, accuracies: dict[str, list[float]]) -> str:
     answers = []
     for side, values in accuracies.items():
         difference = Interval.of([value - plain for value, plain in zip(values, accuracies[PLAIN], strict=True)])
-        signed = f"{'+' if difference.mean > 0 else ''}{difference}"
-        lines.append(table_row(side, str(Interval.of(values)), "" if side == PLAIN else signed))
+        lines.append(table_row(side, str(Interval.of(values)), "" if side == PLAIN else difference.signed))
         if side != PLAIN:
-            answers.append(f"- {side}: {signed} points against {PLAIN}; {_verdict(dataset, difference)}.")
+            answers.append(f"- {side}: {difference.signed} points against {PLAIN}; {_verdict(dataset, difference)}.")
     return "\n".join([*lines, "", *answers])
 
 

@@ -18,7 +18,6 @@ from matplotlib.ticker import MaxNLocator
 from anact_jax.form import NAMED
 from experiments.data import DATASETS
 from experiments.studies.grid import Results
-from experiments.studies.intervals import Interval
 from experiments.studies.tables import Place, Runs, Side, Table, arrange, cell, markdown_table
 
 _PANELS_IN_A_ROW = 3
@@ -112,16 +111,12 @@ def winner(table: Table) -> str:
     parts = [f"**{entry(side, name)}** has the highest test accuracy, {best.accuracy()}%"]
     plain = table.get(side.plain, {}).get(name)
     if plain is not None and side != side.plain:
-        parts.append(f"{_signed(best.against(plain))} points against the plain activation in the same network")
+        parts.append(f"{best.against(plain).signed} points against the plain activation in the same network")
     rest = [(s, n, runs) for s, n, runs in others if (s, n) != (side.plain, name)]
     if rest:
         other_side, other_name, other = rest[0]
-        parts.append(f"{_signed(best.against(other))} against the next best, {entry(other_side, other_name)}")
+        parts.append(f"{best.against(other).signed} against the next best, {entry(other_side, other_name)}")
     return "; ".join(parts) + "."
-
-
-def _signed(interval: Interval) -> str:
-    return f"{'+' if interval.mean > 0 else ''}{interval}"
 
 
 def write_reports(results: Results, workdir: Path, command: str) -> list[Path]:

@@ -17,7 +17,7 @@ from experiments.data import Dataset
 from experiments.networks import Join, Plain, on_each
 from experiments.networks.build import layers_of, make_network
 from experiments.studies.ensemble import for_ensemble
-from experiments.studies.grid import check_can_be_run
+from experiments.studies.grid import not_run_today
 
 DEEP_KERNEL_SHAPING = "Deep Kernel Shaping"
 
@@ -99,5 +99,5 @@ def network_of(recipe: Recipe, variation: str, dataset: Dataset) -> nn.Module:
         shaped = deep_kernel_shaped(recipe.activation, depth)
         layers = layers._replace(act=lambda inference: Plain(shaped), join=lambda activations: WeightedSum())
     elif variation:
-        check_can_be_run(variation)
+        raise not_run_today(variation)
     return make_network(recipe, dataset, layers)

@@ -139,5 +139,5 @@ def cell(table: Table, side: Side, activation: str) -> str:
     if side == side.plain or plain is None:
         return f"{runs.accuracy()}{notes}"
     difference = runs.against(plain)
-    text = f"{'+' if difference.mean > 0 else ''}{difference}"
+    text = difference.signed
     return f"{runs.accuracy()} ({f'**{text}**' if difference.excludes_zero else text}){notes}"

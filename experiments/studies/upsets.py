@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from tyro.conf import arg
 
 from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
-from experiments.config import Recipe, check_positive
+from experiments.config import Recipe, Settings, check_positive
 from experiments.data import Batch, Dataset, load
 from experiments.networks import CHAINS, ActivationName, check_name
 from experiments.networks.build import make_network
@@ -28,7 +28,7 @@ from experiments.training.steps import Steps, TrainState, make_steps, steps_per_
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Trains deep plain networks on the digits, upsets them halfway, and shows how they go on.
 
     Of test accuracies, the mean over seeds right after the step that saw the upset, then at the end of training with
