@@ -80,16 +80,18 @@ def normalization(
     ============ ========================== =========================================
 
     With `form.reference="unit"` lambda^2 is divided by `Var[x] + epsilon`, which gives the output the variance that it
-    would have for standardized input; `forward` then is `1 / (E[(f - c)^2] + epsilon)`, as in BatchNorm.
+    would have for standardized input; `forward` then is `1 / (E[(f - c)^2] + epsilon)`, as in BatchNorm. In the end
+    `form.level` multiplies lambda.
 
     `exact` takes `c = mu -+ sqrt(rho' Var[x] - Var[f])` with mu = E[f], on the side nearer 0, and so ignores `center`.
     For Gaussian input the root is real (Gaussian Poincare inequality); where a batch breaks it, c = mu. All rules but
-    `mean` are this project's additions, `reference="unit"` and epsilon too.
+    `mean` are this project's additions, `reference="unit"`, level and epsilon too.
 
     Args:
         stats: from `activation_stats`, `gaussian_stats` or `update_stats`, with at least `form.moments`.
         form: a `Form` or its text; see `Form.parse`.
         alpha: the parameter of a learned form, which adds `0.3 tanh(alpha)` to lambda; by default 0, where it starts.
+            `form.level` multiplies the sum.
 
     Returns:
         `Normalization` of the statistics' shape, finite for finite statistics. No factor fixes a gain of 0: only the
@@ -146,7 +148,7 @@ def normalization(
     factor = jnp.sqrt(squared)
     if alpha is not None:
         factor = factor + correction(alpha.astype(factor.dtype))
-    return Normalization(factor, shift)
+    return Normalization(factor if form.level == 1 else form.level * factor, shift)
 
 
 def correction(alpha: Float[Array, "*features"]) -> Float[Array, "*features"]:

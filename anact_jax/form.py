@@ -33,6 +33,8 @@ class Form:
         stop_gradient: treat factor and shift as constants under differentiation; False differentiates through the
             statistics of the batch, as BatchNorm does.
         learned: add `0.3 tanh(alpha)` to the factor, with alpha a parameter that starts at 0.
+        level: what the factor is multiplied by at the end; with `reference="unit"` about the standard deviation of the
+            output.
         epsilon: added to `Var[x]`, to `E[(f(x) - shift)^2]` and to `E[f'(x)^2]`; it bounds what a nearly constant
             channel is multiplied by, as in BatchNorm. At least 0.
 
@@ -54,6 +56,7 @@ class Form:
     stop_gradient: bool = False
     learned: bool = False
     epsilon: float = 1e-6
+    level: float = 1.0
 
     def __post_init__(self) -> None:
         for name, known in (("rule", RULES), ("reference", REFERENCES)):
@@ -63,6 +66,8 @@ class Form:
             check_nonlinearity(self.nonlinearity)
         if not 0 <= self.epsilon < math.inf:
             raise ValueError(f"epsilon must be a number from 0 on, such as 1e-6, got {self.epsilon}")
+        if not 0 < self.level < math.inf:
+            raise ValueError(f"level must be a positive number, such as 1 or 0.5, got {self.level}")
         axes = self.feature_axes
         try:
             axes = tuple(map(operator.index, axes if isinstance(axes, Sequence) else (axes,)))
@@ -97,7 +102,7 @@ class Form:
         return dataclasses.replace(self, **changes)
 
     def __str__(self) -> str:
-        """All options, in a text that `parse` reads; epsilon where it is not 1e-6."""
+        """All options, in a text that `parse` reads; epsilon where it is not 1e-6, and level where it is not 1."""
         axes = {(): None, (-1,): "feature"}.get(self.axes, "axes" + ",".join(map(str, self.axes)))
         parts = (
             self.rule,
@@ -108,6 +113,7 @@ class Form:
             None if self.nonlinearity is None else f"nu{float(self.nonlinearity)!r}",
             "learned" if self.learned else None,
             None if self.epsilon == _UNWRITTEN_EPSILON else f"eps{float(self.epsilon)!r}",
+            None if self.level == 1 else f"level{float(self.level)!r}",
         )
         return "+".join(part for part in parts if part)
 
@@ -127,6 +133,7 @@ class Form:
         `nu0.1`       `nonlinearity=0.1`                    None
         `learned`     `learned=True`                        False
         `eps1e-05`    `epsilon=1e-5`                        1e-6
+        `level0.5`    `level=0.5`                           1
         ============= ===================================== ==================================
 
         A text keeps its meaning when the default form changes; store `str(form)`. A `Form` is returned as it is.
@@ -156,7 +163,7 @@ class Form:
                 raise ValueError(f"form {text!r} sets {name} twice")
             options[name] = value
         without = {"center": False, "reference": "input", "stop_gradient": True, "feature_axes": ()}
-        without |= {"nonlinearity": None, "learned": False, "epsilon": _UNWRITTEN_EPSILON}
+        without |= {"nonlinearity": None, "learned": False, "epsilon": _UNWRITTEN_EPSILON, "level": 1.0}
         return cls(rule, **(without | options))  # type: ignore[arg-type]  # a rule: it is in RULES
 
 
@@ -173,20 +180,22 @@ def _option(part: str, text: str) -> tuple[str, Any]:
     """The option that a part of a form's text sets, and its value."""
     if part in _SWITCHES:
         return _SWITCHES[part]
-    written = re.fullmatch(r"(nu|eps|axes)(.+)", part)
+    written = re.fullmatch(r"(nu|eps|axes|level)(.+)", part)
     try:
         match written and written[1]:
             case "nu":
                 return "nonlinearity", float(written[2])  # type: ignore[index]
             case "eps":
                 return "epsilon", float(written[2])  # type: ignore[index]
+            case "level":
+                return "level", float(written[2])  # type: ignore[index]
             case "axes":
                 return "feature_axes", tuple(map(int, written[2].split(",")))  # type: ignore[index]
     except ValueError:
         pass
     raise ValueError(
-        f"unknown part {part!r} of form {text!r}; expected one of {', '.join(_SWITCHES)}, or nu, eps or axes and "
-        "numbers, as in nu0.1, eps1e-05, axes0,-1"
+        f"unknown part {part!r} of form {text!r}; expected one of {', '.join(_SWITCHES)}, or nu, eps, level or "
+        "axes and numbers, as in nu0.1, eps1e-05, level0.5, axes0,-1"
     )
 
 

@@ -22,7 +22,7 @@ from tyro.conf import Positional, arg
 
 from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
 from experiments.data import DATASETS, DataError
-from experiments.data.sets import make_builder, one_line
+from experiments.data.sets import WITHOUT_FILES, make_builder, one_line
 
 # Fashion-MNIST as Debian's package dataset-fashion-mnist has it: compressed anew, the contents unchanged.
 _SAME_CONTENTS = {  # sha256 of the original archive -> sha256 of what it holds
@@ -60,8 +60,8 @@ def main() -> int:
     config = tyro.cli(Config)
     if config.name not in DATASETS:
         return fail(f"name must be one of {', '.join(DATASETS)}, got {config.name}", BAD_SETTINGS)
-    if config.name == "digits":
-        print("digits come with scikit-learn, ready to be read")
+    if config.name in WITHOUT_FILES:
+        print(f"{config.name} needs no files: ready to be read")
         return 0
     try:
         prepare(config.name, config.source, config.data_dir)

@@ -1,9 +1,11 @@
 import itertools
 import multiprocessing
+import random
 
 import chex
 import numpy as np
 import pytest
+from mnist1d.data import get_dataset_args, make_dataset
 
 from experiments.data import (
     Augmentation,
@@ -72,6 +74,23 @@ def test_digits_are_the_same_every_time(digits):
     again = load("digits")
     for part, same in ((digits.train, again.train), (digits.test, again.test)):
         chex.assert_trees_all_equal((part.images, part.labels), (same.images, same.labels))
+
+
+def test_mnist1d_is_the_authors_and_leaves_random_numbers_alone():
+    np.random.seed(7)
+    random.seed(7)
+    expected = np.random.random(), random.random()
+    np.random.seed(7)
+    random.seed(7)
+    signals = load("mnist1d")
+    assert (np.random.random(), random.random()) == expected
+    assert (len(signals.train), len(signals.test), signals.train.shape) == (12_000, 3_000, (1, 40, 1))
+    settings = get_dataset_args()
+    settings.num_samples = 15_000
+    made = make_dataset(settings)
+    images = standardize(signals.test.images, signals)
+    np.testing.assert_allclose(images.reshape(3_000, 40), np.clip(made["x_test"], -4.55, 4.55), atol=0.05)
+    np.testing.assert_array_equal(signals.train.labels, made["y"])
 
 
 def test_a_validation_split_is_taken_out_of_the_training_images():

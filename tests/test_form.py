@@ -6,11 +6,23 @@ import itertools
 import chex
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 
-from anact_jax import DEFAULT, MOMENTS, PUBLISHED, REFERENCES, RULES, Form, Stats, gaussian_stats, normalization
+from anact_jax import (
+    DEFAULT,
+    MOMENTS,
+    PUBLISHED,
+    REFERENCES,
+    RULES,
+    Form,
+    Normalization,
+    Stats,
+    gaussian_stats,
+    normalization,
+)
 
 positive = st.floats(1e-9, 1e9)
 axes = st.lists(st.integers(-4, 4), max_size=3, unique=True).map(tuple)
@@ -24,6 +36,7 @@ options = st.fixed_dictionaries(
         "stop_gradient": st.booleans(),
         "learned": st.booleans(),
         "epsilon": st.just(0.0) | positive,
+        "level": st.just(1.0) | positive,
     }
 )
 
@@ -44,6 +57,7 @@ def test_text_says_all_options(options):
         ("mean+axes0,-1+learned", {"feature_axes": (0, -1), "learned": True}),
         ("geometric+eps1e-05", {"rule": "geometric", "epsilon": 1e-5}),
         ("mean+eps0.0+axes2", {"epsilon": 0.0, "feature_axes": (2,)}),
+        ("forward+unit+level0.5", {"rule": "forward", "reference": "unit", "level": 0.5}),
     ],
 )
 def test_text_keeps_its_meaning_whatever_the_default(text, options):
@@ -80,7 +94,8 @@ def test_is_frozen_hashable_and_equal_by_value():
         ({"epsilon": float("inf")}, ValueError, "epsilon must be a number"),
         ({"feature_axes": 0.5}, TypeError, r"must be an integer or integers, such as -1 or \(\), got 0.5"),
         ({"feature_axes": (1, 1)}, ValueError, r"\(1, 1\) name the same axis twice"),
-        ({"level": "unit"}, TypeError, "level"),
+        ({"level": 0.0}, ValueError, "level must be a positive number, such as 1 or 0.5, got 0.0"),
+        ({"strength": 1}, TypeError, "strength"),
     ],
 )
 def test_bad_options_are_refused_when_made(options, error, message):
@@ -105,6 +120,17 @@ def test_bad_options_are_refused_when_made(options, error, message):
 def test_bad_text_is_refused_with_what_there_is(text, message):
     with pytest.raises(ValueError, match=message):
         Form.parse(text)
+
+
+@pytest.mark.parametrize("text", ["published", "default", "default learned"])
+def test_level_multiplies_the_factor_alone(text):
+    name, *learned = text.split()
+    form = Form.parse(name).replace(learned=bool(learned))
+    alpha = jnp.float32(0.4) if learned else None
+    stats = gaussian_stats(jax.nn.softplus, mean=0.3, std=1.7)
+    factor, shift = normalization(stats, form, alpha=alpha)
+    half = normalization(stats, form.replace(level=0.5), alpha=alpha)
+    chex.assert_trees_all_close(half, Normalization(0.5 * factor, shift), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("rule", "reference"), list(itertools.product(RULES, REFERENCES)))
