@@ -1,7 +1,20 @@
 """What the programs share at the command line."""
 
+import ast
+import dataclasses
+import inspect
+import itertools
 import sys
+import textwrap
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from tyro.conf import OmitArgPrefixes, arg
+
+Settings = TypeVar("Settings")
 
 # Exit statuses. INTERRUPTED as a shell reports SIGINT; PREEMPTED after SIGTERM, when all is saved and the same command
 # goes on: EX_TEMPFAIL of sysexits.h, "try again later", which a process that SIGTERM simply ended does not return.
@@ -27,3 +40,44 @@ def table_head(*names: str) -> str:
 def table_row(*cells: str) -> str:
     """A row of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
+
+
+def by_group(
+    default: Settings, groups: Mapping[str, Sequence[str]], arguments: Sequence[str], description: str
+) -> Settings:
+    """The settings at the command line, of which each group stands apart in the help.
+
+    Args:
+        default: those not given; a dataclass, each of whose fields is in one group.
+        groups: title -> fields, in the order of the help.
+        arguments: of the command line.
+        description: at the top of the help.
+    """
+    kind: Any = type(default)
+    types, help_of = typing.get_type_hints(kind, include_extras=True), _documented(kind)
+
+    def made(title: str, fields: Sequence[tuple[str, Any, Any]]) -> Any:
+        return dataclasses.make_dataclass(title, fields, frozen=True, namespace={"__doc__": ""})
+
+    def part(title: str) -> Any:
+        kinds = {name: Annotated[types[name], arg(help=help_of.get(name))] for name in groups[title]}
+        return made(title, [(name, kind, getattr(default, name)) for name, kind in kinds.items()])
+
+    parts = {title: part(title) for title in groups}
+    whole: Any = made("settings", [(title, kind, kind()) for title, kind in parts.items()])
+    found: Any = tyro.cli(whole, args=arguments, description=description, config=(OmitArgPrefixes,))
+    settings: Settings = kind(
+        **{name: value for title in groups for name, value in vars(getattr(found, title)).items()}
+    )
+    return settings
+
+
+def _documented(kind: type) -> dict[str, str]:
+    """The fields of a dataclass and of those that it is made of -> the text under each."""
+    found = {}
+    for part in reversed(kind.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[ast.unparse(field.target)] = str(text.value.value)
+    return found

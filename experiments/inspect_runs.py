@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from experiments.cli import BAD_SETTINGS, FAILED, fail
+
+# isort: split
+
 import jax
 import optax
 import tyro
@@ -13,7 +17,6 @@ from tyro.conf import Positional
 
 from anact_jax.diagnostics import LayerVariances, table, variances
 from anact_jax.plots import draw
-from experiments.cli import BAD_SETTINGS, FAILED, fail
 from experiments.config import check_positive
 from experiments.data import Batch, DataError, evaluation_batches
 from experiments.training.checkpoints import CheckpointError, silence_orbax

@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
+from experiments.cli import BAD_SETTINGS, FAILED, fail
+
+# isort: split
+
 import flax.linen as nn
 import jax
 import matplotlib
@@ -18,7 +22,6 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 from tyro.conf import Positional, arg
 
-from experiments.cli import BAD_SETTINGS, FAILED, fail
 from experiments.data import DataError, Dataset
 from experiments.data.pipeline import standardize
 from experiments.networks import check_name

@@ -17,10 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
+
+# isort: split
+
 import tyro
 from tyro.conf import Positional, arg
 
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
 from experiments.data import DATASETS, DataError
 from experiments.data.sets import WITHOUT_FILES, make_builder, one_line
 

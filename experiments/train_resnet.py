@@ -10,13 +10,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, by_group, fail, say
+
+# isort: split
+
 import flax.linen as nn
 import jax
-import tyro
 
 from anact_jax.plots import draw
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, fail, say
-from experiments.config import SETTINGS, Experiment, read_experiment, read_settings
+from experiments.config import SETTINGS, Data, Experiment, Network, Recipe, read_experiment, read_settings
 from experiments.data import DataError, Dataset, evaluation_batches, training_batches
 from experiments.data.sets import one_line
 from experiments.networks import check_name
@@ -30,6 +32,9 @@ from experiments.training.processes import StopSignal, connect
 from experiments.training.steps import make_steps
 
 GAIN_IMAGES = 256  # test images on which the gains in the picture are measured
+_MAIN = (
+    "dataset", "model", "activation", "form", "norm", "epochs", "batch_size", "learning_rate", "seed", "workdir",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -115,12 +120,23 @@ def parse(arguments: Sequence[str]) -> Experiment:
     config = RECIPES[start.recipe].config
     if start.config is not None:
         config = dataclasses.replace(read_experiment(start.config), workdir=None)
-    listed = "".join(f"\n\n{name}: {recipe}" for name, recipe in RECIPES.items())
     description = (
         f"{inspect.getdoc(Experiment)}\n\n--config FILE starts from the settings that a run wrote, in its {SETTINGS}. "
-        f"--recipe NAME starts from other settings than these:{listed}"
+        f"--recipe NAME starts from those of {', '.join(RECIPES)}; with --help it says what to expect. These are the "
+        f"settings of {start.config or start.recipe}."
     )
-    return tyro.cli(Experiment, args=rest, default=config, description=description)
+    if start.config is None:
+        description += f"\n\n{start.recipe}: {RECIPES[start.recipe]}"
+    return by_group(config, _groups(), rest, description)
+
+
+def _groups() -> dict[str, list[str]]:
+    """What the help shows together: what most people set first, then the rest by what it is about."""
+    groups = {"main": [*_MAIN]}
+    for title, kind in {"data": Data, "network": Network, "training": Recipe, "running": Experiment}.items():
+        shown = [name for names in groups.values() for name in names]
+        groups[title] = [field.name for field in dataclasses.fields(kind) if field.name not in shown]
+    return groups
 
 
 def find_workdir(config: Experiment) -> Path:

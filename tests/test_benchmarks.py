@@ -4,7 +4,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import cost, operation, part_of_batch, scaling, training_step
+from experiments.benchmarks import cost, operation, scaling, training_step
 from experiments.benchmarks.measuring import Spread, ratios, seconds
 
 
@@ -69,12 +69,3 @@ def test_messages_between_devices():
     assert scaling._messages([16, 32], 1) == [(0, 0)] * 3
     assert scaling._messages([16, 32], 8) == [(2, (48 * 5 + 2) * 8), (1, 48 * 6), (2, 48 * 2)]
     assert scaling._messages([16, 32], 256) == [(4, 48 * 7 + 2), (1, 48 * 6), (2, 48 * 2)]
-
-
-@pytest.mark.slow
-def test_a_smaller_part_of_the_batch_gives_a_worse_factor(run_main, standard_promotion):
-    status, output = run_main(part_of_batch, "--models", "mlp5", "--steps", "3", "--batches", "2")
-    assert status == 0, output.err
-    for line in output.out.splitlines()[2:]:
-        medians = [float(cell.split("%")[0]) for cell in line.split("|")[3:8]]
-        assert 0 < medians[0] < medians[1] < medians[2] < medians[3]

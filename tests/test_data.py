@@ -144,6 +144,14 @@ def test_subsets_that_cannot_be_are_refused(settings, problem):
         with_subset(made_of(noise(50), noise(7)), **settings)
 
 
+def test_a_half_too_small_for_a_test_part_is_refused():
+    with pytest.raises(
+        ValueError, match="half 1 keeps a sixth for tests and needs at least 11 training images, got 10"
+    ):
+        with_subset(made_of(noise(10), noise(7)), half=1)
+    assert len(with_subset(made_of(noise(11), noise(7)), half=1).test) == 1
+
+
 # Augmentation, in pictures.
 
 

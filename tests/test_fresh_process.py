@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import experiments
 
 SHARD_MAP = """
 import jax, jax.numpy as jnp
@@ -44,3 +47,19 @@ def test_first_thing_in_a_process(program):
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split() == ["True", "True"]
+
+
+PROGRAMS = [
+    str(path)
+    for path in sorted(Path(experiments.__file__).parent.rglob("*.py"))
+    if '__name__ == "__main__"' in path.read_text()
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: Path(path).name)
+def test_a_missing_package_is_named_in_one_line(program):
+    without = "import runpy, sys; sys.modules['tyro'] = sys.modules['optax'] = None; "
+    run = without + "runpy.run_path(sys.argv[1], run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", run, program], capture_output=True, text=True, check=False)
+    expected = "the programs need optax, tyro; install them: pip install -e '.[experiments]'\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", expected)

@@ -83,6 +83,7 @@ SMALL = ("--depth", 2, "--width", 8, "--batch-size", 32, "--seeds", 2)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
 def test_program_draws_prints_and_writes_numbers(tmp_path, run_main):
     output = tmp_path / "new" / "picture.png"
     options = ("--activations", "nrelu", "--steps", 0, 3, "--form", "exact")
@@ -130,6 +131,7 @@ def test_bad_settings_end_in_one_line_and_status_2(arguments, message, run_main)
     assert printed.err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_divergence_ends_in_one_line_and_status_1(tmp_path, run_main):
     options = ("--activations", "swish", "--steps", 5, "--learning-rate", 1e30, "--output", tmp_path / "picture.png")
     status, printed = run_main(gradient_variance, *SMALL, *options)

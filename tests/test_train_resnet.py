@@ -99,8 +99,13 @@ def test_help_explains_every_setting(capsys, run_main):
     text = capsys.readouterr().out
     for field in Experiment.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text
-    for name in ("resnet56", "harmonic", "swish", "digits"):
+    for name in ("resnet56", "harmonic", "swish", "digits", *RECIPES):
         assert name in text
+    shown = [text.index(f" {group} options ") for group in ("main", "data", "network", "training", "running")]
+    assert shown == sorted(shown)
+    assert shown[0] < text.index("--learning-rate FLOAT") < text.index("--workdir") < shown[1]
+    for explained in ("peak learning rate; it rises linearly", "side of a square", "L2 penalty"):
+        assert explained in text
 
 
 def config(**settings):

@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
+
+# isort: split
+
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -21,7 +25,6 @@ import tyro
 
 from experiments.benchmarks import operation, training_step
 from experiments.benchmarks.measuring import Spread, ratios, seconds
-from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
 from experiments.networks import check_name
 
 SHAPES = ((128, 512), (128, 32, 32, 16), (64, 32, 32, 64), (256, 56, 56, 64))

@@ -10,10 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+from experiments.cli import FAILED, fail, table_head, table_row
+
+# isort: split
+
 import tyro
 
 from experiments.benchmarks.measuring import random_images
-from experiments.cli import FAILED, fail, table_head, table_row
 from experiments.data import Augmentation, DataError, Dataset, load, training_batches
 
 

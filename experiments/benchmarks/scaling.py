@@ -8,6 +8,10 @@ import math
 import sys
 from typing import Any
 
+from experiments.cli import table_head, table_row
+
+# isort: split
+
 import jax
 import jax.numpy as jnp
 import tyro
@@ -16,7 +20,6 @@ from anact_jax import DEFAULT
 from anact_jax.statistics import FEW_SHARDS
 from experiments.benchmarks import operation, training_step
 from experiments.benchmarks.measuring import random_images
-from experiments.cli import table_head, table_row
 from experiments.networks.build import make_network
 
 SHAPES = ((32, 256), (64, 256), (128, 256), (64, 512), (64, 1024))

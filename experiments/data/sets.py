@@ -251,6 +251,10 @@ def with_subset(
         if half not in (1, 2):
             raise ValueError(f"half must be 1 or 2, got {half}")
         order = np.array_split(order, 2)[half - 1]
+        if half == 1 and len(order) < 6:
+            raise ValueError(
+                f"half 1 keeps a sixth for tests and needs at least 11 training images, got {len(dataset.train)}"
+            )
     order, stand_in = np.split(order, [-(len(order) // 6)]) if half == 1 else (order, None)
     total = len(order)
     kept = total - validation if train is None else train

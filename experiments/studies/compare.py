@@ -11,12 +11,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
+
+# isort: split
+
 import numpy as np
 import tyro
 from tyro.conf import arg
 
 from anact_jax import ACTIVATIONS, Form
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
 from experiments.config import Data, Parts, Recipe, Storage, Training, check_at_least, check_positive
 from experiments.data import DataError
 from experiments.networks import MODELS, NORMS, ActivationName, check_name

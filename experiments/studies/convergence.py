@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
+
+# isort: split
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,7 +27,6 @@ from jaxtyping import Array, Float
 from tyro.conf import arg
 
 from anact_jax import ACTIVATIONS, Form
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
 from experiments.config import Data, Parts, Recipe, Storage, Training, check_at_least, check_positive
 from experiments.data import DataError, Dataset, training_batches
 from experiments.networks import MODELS, Layer, check_name

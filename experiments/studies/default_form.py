@@ -8,13 +8,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
+
+# isort: split
+
 import numpy as np
 import scipy.stats
 import tyro
 from jaxtyping import Float
 
 from anact_jax import Form
-from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
 from experiments.studies.grid import Results
 from experiments.studies.intervals import Interval
 from experiments.studies.rivals import DEEP_KERNEL_SHAPING

@@ -11,6 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
+from experiments.cli import BAD_SETTINGS, FAILED, fail
+
+# isort: split
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -31,14 +35,14 @@ from anact_jax import (
 )
 from anact_jax.diagnostics import LayerPass
 from anact_jax.theory import Layer, Variances, linear, plain, propagate
-from experiments.cli import BAD_SETTINGS, FAILED, fail
-from experiments.config import check_at_least, check_positive
-from experiments.data import Batch, Dataset, load, training_batches
+from experiments.config import Recipe, check_at_least, check_positive
+from experiments.data import Batch, Dataset, load
 from experiments.data.pipeline import standardize
 from experiments.networks import ActivationName, make_layers
 from experiments.networks.mlp import MLP
+from experiments.studies.ensemble import training
 from experiments.training.loop import DivergenceError
-from experiments.training.steps import create_state, make_train_step
+from experiments.training.steps import make_steps
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -73,13 +77,21 @@ class Config:
     steps: tuple[int, ...] = (0, 300)
     """training steps after which to measure"""
     learning_rate: float = 0.003
-    """of SGD without momentum"""
+    """of SGD without momentum, at the start; it falls to 0 along a cosine"""
     batch_size: int = 256
     """examples in a batch"""
     seeds: int = 5
     """networks to average over (geometric mean)"""
     output: Path = Path("gradient_variance.png")
     """the picture; the numbers go beside it, as JSON"""
+
+    def recipe(self, dataset: Dataset) -> Recipe:
+        """How the networks are trained, for at least the steps asked for."""
+        per_epoch = len(dataset.train) // self.batch_size
+        epochs = max(1, -(-max(self.steps) // per_epoch))
+        return Recipe(
+            epochs=epochs, batch_size=self.batch_size, warmup_epochs=0.0, momentum=0.0, weight_decay=0.0, augment=False
+        )
 
     def check(self, dataset: Dataset) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
@@ -133,28 +145,27 @@ def study(name: str, config: Config, dataset: Dataset) -> Result:
     # Differentiated statistics would carry one example's loss to all others.
     layers = make_layers(name, "none", form=form)
     model = MLP(layers, dataset.classes, config.depth, config.width)
-    optimizer = optax.sgd(1.0)  # the training state holds the learning rate
-    create = functools.partial(create_state, model, optimizer, dataset.train.shape)
-    states = jax.jit(jax.vmap(create, (0, None)))(np.arange(config.seeds), config.learning_rate)
-    train = jax.jit(jax.vmap(make_train_step(model, optimizer), (0, None)), donate_argnums=0)
+    seeds, rates = list(range(config.seeds)), [config.learning_rate] * config.seeds
+    recipe, last = config.recipe(dataset), max(config.steps)
+    compiled = make_steps(model, recipe, dataset, together=True)
+    trained = training(compiled, dataset, recipe, seeds, rates, orders=[0] * config.seeds)
 
     images, labels = dataset.train.fetch(np.arange(config.batch_size))
     batch = Batch(standardize(images, dataset), labels, np.ones(len(labels), bool))
     measure_all = jax.jit(jax.vmap(functools.partial(measure, model), (None, 0)))
     predict_all = jax.vmap(functools.partial(predict, f, normalize, jnp.mean(batch.images**2, axis=(1, 2, 3))))
 
-    last, per_epoch = max(config.steps), len(dataset.train) // config.batch_size
-    batches = training_batches(dataset, config.batch_size, seed=0, epochs=-(-last // per_epoch))
     result = {}
+    state = compiled.create(jnp.array(seeds), jnp.array(rates))
     for step in range(last + 1):
         if step in config.steps:
-            measured = measure_all(batch, states.variables)
+            measured = measure_all(batch, state.variables)
             if not all(np.isfinite(values).all() for values in measured):
                 raise DivergenceError(f"{name} diverged within {step} steps; lower --learning-rate")
-            predicted = predict_all(states.params, measured.gradient[:, -1])
+            predicted = predict_all(state.params, measured.gradient[:, -1])
             result[step] = {"measured": over_networks(measured), "predicted": over_networks(predicted)}
         if step < last:
-            states, _ = train(states, next(batches))
+            state, _ = next(trained)
     return result
 
 

@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+from experiments.cli import BAD_SETTINGS, fail
+
+# isort: split
+
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -19,7 +23,6 @@ from jaxtyping import Array, Float, PyTree
 from tyro.conf import arg
 
 from anact_jax import Form
-from experiments.cli import BAD_SETTINGS, fail
 from experiments.config import Recipe, Settings, check_positive
 from experiments.data import Batch, Dataset, load
 from experiments.data.pipeline import standardize

@@ -9,11 +9,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
+from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
+
+# isort: split
+
 import tyro
 from tyro.conf import arg
 
 from experiments import train_resnet
-from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
 from experiments.config import Experiment, Storage, check_at_least
 from experiments.networks import check_name
 from experiments.recipes import RECIPES

@@ -9,6 +9,10 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Annotated, NamedTuple
 
+from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
+
+# isort: split
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +20,6 @@ import tyro
 from jaxtyping import Array, Float, PyTree
 from tyro.conf import arg
 
-from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
 from experiments.config import Recipe, Settings, check_positive
 from experiments.data import Batch, Dataset, load
 from experiments.networks import CHAINS, ActivationName, check_name
