@@ -1,11 +1,12 @@
 """Pictures of what `anact_jax.diagnostics` measured."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 
-from anact_jax.diagnostics import Rows
+from anact_jax.diagnostics import LayerGains, Rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -13,10 +14,18 @@ if TYPE_CHECKING:
 Over: TypeAlias = Literal["depth", "training"]
 
 _LINES_IN_LEGEND = 8
+_LAYERS = "layer, from input to output"
+_GAINS = {"forward": "signals", "backward": "gradients"}
+_GOOD_GAINS = (
+    "Good: both near 1, or products that stay near 1. A form at unit level brings any input to the\n"
+    "variance 1, so that wide input, as after an addition, shows as gains below 1."
+)
 
 
 def draw(records: Mapping[Any, Rows], *, over: Over = "depth") -> "Figure":
-    """A picture of rows that were recorded at several steps, or of several models: a panel for each number.
+    """A picture of rows that were recorded at several steps, or of several models.
+
+    There is a panel for each number. Gains over depth have one for each record instead, with a line at 1.
 
     Args:
         records: label, such as the training step or the model's name -> rows.
@@ -54,8 +63,10 @@ def draw(records: Mapping[Any, Rows], *, over: Over = "depth") -> "Figure":
     if over == "training" and len({len(rows) for rows in records.values()}) != 1:
         raise ValueError("over training all records must have as many layers, those of one model")
 
+    if over == "depth" and next(iter(fields)) == LayerGains._fields:
+        return _gains_by_layer(cast(Mapping[Any, Sequence[LayerGains]], records))
     numbers = next(iter(fields))[1:]
-    figure = Figure(figsize=(1 + 3.4 * len(numbers), 3.6), layout="constrained")
+    figure = Figure(figsize=(1 + 3.4 * len(numbers), 3.8), layout="constrained")
     panels = figure.subplots(1, len(numbers), squeeze=False)[0]
     for panel, field in zip(panels, numbers, strict=True):
         values = {label: [float(getattr(row, field)) for row in rows] for label, rows in records.items()}
@@ -72,8 +83,46 @@ def draw(records: Mapping[Any, Rows], *, over: Over = "depth") -> "Figure":
         finite = [number for line in values.values() for number in line if np.isfinite(number)]
         if finite and 0 <= 10 * min(finite) < max(finite):  # over decades
             panel.set_yscale("log")
-        panel.set(title=field.replace("_", " "), xlabel="layer, from input to output" if over == "depth" else "step")
+        panel.set(title=field.replace("_", " "), xlabel=_LAYERS if over == "depth" else "step")
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
+    if over == "depth":
+        figure.supxlabel("Good: level from layer to layer, whatever the level.", fontsize="medium")
     return figure
+
+
+def _gains_by_layer(records: Mapping[Any, Sequence[LayerGains]]) -> "Figure":
+    """A panel for each record, with both gains on one axis; a line joins layers that stand at the same place."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, MaxNLocator
+
+    figure = Figure(figsize=(1.6 + 5.4 * len(records), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(records), squeeze=False, sharey=True)[0]
+    for panel, (label, rows) in zip(panels, records.items(), strict=True):
+        panel.axhline(1, color="black", linewidth=1)
+        alike: dict[str, list[int]] = {}
+        for index, row in enumerate(rows):
+            alike.setdefault(_place(row.name), []).append(index)
+        for color, (gain, of_what) in zip(("C0", "C1"), _GAINS.items(), strict=True):
+            for field, style, what in ((gain, "o-", "normalized"), (f"bare_{gain}", ":", "f(x) alone")):
+                for index, layers in enumerate(alike.values()):
+                    values = [float(getattr(rows[layer], field)) for layer in layers]
+                    name = f"{gain} ({of_what}), {what}" if index == 0 else None
+                    panel.plot([layer + 1 for layer in layers], values, style, color=color, markersize=4, label=name)
+        panel.set(title=str(label), xlabel=_LAYERS, yscale="log")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.yaxis.set_major_formatter(LogFormatter())
+        panel.yaxis.set_minor_formatter(LogFormatter())
+        panel.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("gain: variance out / variance in")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    figure.supxlabel(_GOOD_GAINS, fontsize="medium")
+    return figure
+
+
+def _place(name: str) -> str:
+    """Where a layer stands, whatever the number of its block: the second activation of a block, for instance."""
+    *blocks, layer = name.split("/")
+    return re.sub(r"\d+", "", "/".join(blocks)) + "/" + (layer if blocks else re.sub(r"\d+", "", layer))

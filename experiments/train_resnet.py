@@ -25,13 +25,13 @@ from experiments.networks import check_name
 from experiments.networks.build import check_devices, make_network
 from experiments.recipes import RECIPES
 from experiments.training.checkpoints import CheckpointError, Checkpoints, silence_orbax
-from experiments.training.gains import layer_gains, worst_gains
+from experiments.training.gains import gains_of, worst_gains
 from experiments.training.loop import BadStepError, PreemptedError, first_state, train
-from experiments.training.metrics import MetricsLog, Unheard, draw_learning_curves
+from experiments.training.metrics import MetricsLog, Unheard, draw_learning_curves, show_pictures
 from experiments.training.processes import StopSignal, connect
 from experiments.training.steps import make_steps
 
-GAIN_IMAGES = 256  # test images on which the gains in the picture are measured
+GAIN_IMAGES = 256  # test images on which gains are measured
 _MAIN = (
     "dataset", "model", "activation", "form", "norm", "epochs", "batch_size", "learning_rate", "seed", "workdir",
 )  # fmt: skip
@@ -65,6 +65,7 @@ def run(config: Experiment, stop: StopSignal) -> int:
     try:
         with Checkpoints(workdir, config) as checkpoints:
             steps = make_steps(model, config, dataset)
+            gains = gains_of(model, next(evaluation_batches(dataset, GAIN_IMAGES)).images)
             try:
                 start = checkpoints.restore(first_state(steps, config), say)
             except ValueError as error:
@@ -75,7 +76,9 @@ def run(config: Experiment, stop: StopSignal) -> int:
             say(f"training on {len(devices)} x {devices[0].device_kind}; the first step is compiled before it is taken")
             records = start.records if start else ()
             with MetricsLog(workdir, records) if config.process == 0 else contextlib.nullcontext(Unheard()) as log:
-                state, accuracy = train(steps, dataset, config, log, start=start, checkpoints=checkpoints, stop=stop)
+                state, accuracy = train(
+                    steps, dataset, config, log, start=start, checkpoints=checkpoints, stop=stop, gains=gains
+                )
     except BadStepError as error:
         where = gains_at(error, model, dataset, config)
         status = fail(f"{error}; {where}; what was measured is in {workdir}", FAILED)
@@ -94,13 +97,12 @@ def run(config: Experiment, stop: StopSignal) -> int:
         status = 0
     if config.process > 0:
         return status
-    if status == 0:
-        images = next(evaluation_batches(dataset, GAIN_IMAGES)).images
-        rows = layer_gains(model, jax.device_get(state.evaluated), images)
-        draw({"trained": rows}).savefig(workdir / "gains.png", dpi=120)
     draw_learning_curves(workdir)
     if status == 0:
-        print(f"pictures: {workdir / 'learning_curves.png'}, {workdir / 'gains.png'}")
+        pictures = workdir / "learning_curves.png", workdir / "gains.png"
+        draw({"trained": gains(state.evaluated)}).savefig(pictures[1], dpi=120)
+        show_pictures(workdir, *pictures)
+        print(f"pictures: {pictures[0]}, {pictures[1]}")
         print(f"test_accuracy={accuracy:.4f} workdir={workdir}")
     return status
 
@@ -178,7 +180,7 @@ def gains_at(error: BadStepError, model: nn.Module, dataset: Dataset, config: Ex
             start=error.step - 1,
         )
     )
-    return worst_gains(layer_gains(model, jax.device_get(error.variables), batch.images))
+    return worst_gains(gains_of(model, batch.images)(error.variables))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from anact_jax import DEFAULT, PUBLISHED, activation_stats, tempered
 from anact_jax.linen import ANAct
 from experiments.networks import MODELS, NORMS, ActivationName, Plain, activation_layer, make_layers, make_model
 from experiments.networks.mlp import MLP
-from experiments.training.gains import factor_range, layer_gains
+from experiments.training.gains import factor_range, gains_of
 
 
 def parameter_count(model, image_shape):
@@ -126,13 +126,13 @@ def test_unknown_activation_is_refused():
         activation_layer("nswsh")
 
 
-def test_layer_gains_lists_every_activation_in_order_of_execution():
+def test_gains_lists_every_activation_in_order_of_execution():
     form = PUBLISHED.replace(center=True, epsilon=0.0)
     model = MLP(make_layers("nrelu", "none", form=form), classes=3, depth=12, width=256)
     x = jax.random.normal(jax.random.key(1), (256, 4, 4, 1))
     variables = model.init(jax.random.key(0), x, train=False)
     _, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
-    layers = layer_gains(model, variables | updates, np.asarray(x))
+    layers = gains_of(model, np.asarray(x))(variables | updates)
     assert [layer.name for layer in layers] == [f"ANAct_{i}" for i in range(12)]
     for layer in layers:
         stats = updates["batch_stats"][layer.name]
@@ -146,11 +146,11 @@ def test_layer_gains_lists_every_activation_in_order_of_execution():
 
 
 @pytest.mark.slow
-def test_layer_gains_of_channels_are_their_means():
+def test_gains_of_channels_are_their_means():
     model = MLP(make_layers("nrelu", "none"), classes=3, depth=2, width=16)
     x = jax.random.normal(jax.random.key(1), (64, 4, 4, 1))
     variables = model.init(jax.random.key(0), x, train=False)
-    (first, _) = layer_gains(model, variables, np.asarray(x))
+    (first, _) = gains_of(model, np.asarray(x))(variables)
     dense = variables["params"]["Dense_0"]
     z = x.reshape(64, 16) @ dense["kernel"] + dense["bias"][None]
     stats = activation_stats(tempered(jax.nn.relu, DEFAULT.nonlinearity), z, feature_axes=-1)
@@ -158,11 +158,11 @@ def test_layer_gains_of_channels_are_their_means():
     assert np.shape(first.factor) == ()
 
 
-def test_layer_gains_of_plain_activations():
+def test_gains_of_plain_activations():
     model = MLP(make_layers("relu", "none"), classes=3, depth=2, width=256)
     x = np.random.default_rng(0).standard_normal((256, 16)).astype(np.float32)[:, :, None, None]
     variables = model.init(jax.random.key(0), jnp.asarray(x), train=False)
-    layers = layer_gains(model, variables, x)
+    layers = gains_of(model, x)(variables)
     assert [layer.name for layer in layers] == ["Plain_0", "Plain_1"]
     assert (layers[0].factor, layers[0].shift) == (1.0, 0.0)
     np.testing.assert_allclose((layers[0].bare_forward, layers[0].bare_backward), (0.5, 0.5), atol=0.03)
@@ -228,8 +228,8 @@ def test_shown_factors_include_the_learned_correction():
     model = MLP(make_layers("nrelu", "none", form=form), classes=3, depth=2, width=16)
     x = np.random.default_rng(0).standard_normal((8, 4, 4, 1)).astype(np.float32)
     variables = model.init(jax.random.key(0), jnp.asarray(x), train=False)
-    before = [float(layer.factor) for layer in layer_gains(model, variables, x)]
+    before = [float(layer.factor) for layer in gains_of(model, x)(variables)]
     variables["params"]["ANAct_1"]["alpha"] = jnp.float32(100.0)
-    after = [float(layer.factor) for layer in layer_gains(model, variables, x)]
+    after = [float(layer.factor) for layer in gains_of(model, x)(variables)]
     np.testing.assert_allclose(after, [before[0], before[1] + 0.3], rtol=1e-6)
     np.testing.assert_allclose(factor_range(variables, form), (min(after), max(after)), rtol=1e-6)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import anact_jax.nnx
-from anact_jax.diagnostics import LayerVariances, nnx_gains
+from anact_jax.diagnostics import LayerGains, LayerVariances, nnx_gains
 from anact_jax.plots import draw
 
 
@@ -30,9 +30,33 @@ def test_pictures_over_depth_and_over_training(tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-def test_picture_of_gains_has_a_panel_for_each_number():
+def gains_at(names, forward):
+    return [
+        LayerGains(name, *(jnp.float32(value) for value in (gain, 2 * gain, 1.5, 0.1, 0.3, 0.4)))
+        for name, gain in zip(names, forward, strict=True)
+    ]
+
+
+def test_gains_share_an_axis_with_a_line_at_1_and_those_at_one_place_are_joined():
+    blocks = [f"Block_{block}/ANAct_{index}" for block in range(3) for index in range(2)]
+    figure = draw({"residual": gains_at(blocks, range(1, 7)), "chain": gains_at(["ANAct_0", "ANAct_1"], [1.0, 3.0])})
+    residual, chain = figure.axes
+    assert [panel.get_title() for panel in (residual, chain)] == ["residual", "chain"]
+    assert residual.get_yscale() == "log"
+    one, first, second, *_ = residual.lines
+    assert one.get_ydata() == [1, 1]
+    assert (first.get_xdata().tolist(), first.get_ydata().tolist()) == ([1, 3, 5], [1, 3, 5])
+    assert (second.get_xdata().tolist(), second.get_ydata().tolist()) == ([2, 4, 6], [2, 4, 6])
+    assert chain.lines[1].get_ydata().tolist() == [1, 3]
+    assert "Good: both near 1" in figure.get_supxlabel()
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names[0] == "forward (signals), normalized"
+    assert len(names) == 4
+
+
+def test_gains_over_training_have_a_panel_for_each_number():
     rows = nnx_gains(anact_jax.nnx.NSwish())
-    figure = draw({"swish": [*rows, rows[0]._replace(shift=-rows[0].shift, factor=20 * rows[0].factor)]})
+    figure = draw({0: rows, 1: [rows[0]._replace(shift=-rows[0].shift, factor=20 * rows[0].factor)]}, over="training")
     titles = [panel.get_title() for panel in figure.axes]
     assert titles == ["forward", "backward", "factor", "shift", "bare forward", "bare backward"]
     assert [panel.get_yscale() for panel in figure.axes] == ["linear", "linear", "log", "linear", "linear", "linear"]

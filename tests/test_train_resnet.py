@@ -233,7 +233,22 @@ def test_program_leaves_its_results_in_workdir(tmp_path):
         assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
     for shown in ("loss", "accuracy", "factors", "epoch 2/2"):
         assert shown in run.stderr
-    assert b"test/accuracy" in b"".join(path.read_bytes() for path in (tmp_path / "run").glob("events.*"))
+    rates = [record["learning_rate"] for record in records if "learning_rate" in record]
+    assert 0 < rates[0] < max(rates) <= 0.05
+    assert rates[-1] < 0.001
+    gains = [name for name in records[-1] if name.startswith("gain_")]
+    assert len(gains) == 2 * 19
+    assert 0.1 < records[-1]["gain_forward/BasicBlock_0/ANAct_1"] < 10
+    shown = b"".join(path.read_bytes() for path in (tmp_path / "run").glob("events.*"))
+    for name in (
+        b"test/accuracy",
+        b"learning/rate",
+        b"gain/backward/BasicBlock_8/ANAct_0",
+        b"learning_curves",
+        b"gains",
+    ):
+        assert name in shown
+    assert shown.count(b"\x89PNG") == 2
 
 
 def test_a_recipe_is_where_settings_start():

@@ -33,7 +33,7 @@ from experiments.networks import MODELS, Layer, check_name
 from experiments.networks.build import check_devices, layers_of, make_network
 from experiments.studies.ensemble import for_ensemble
 from experiments.studies.grid import Cell, Results, not_run_today, run_cells
-from experiments.training.gains import layer_gains
+from experiments.training.gains import gains_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -184,7 +184,7 @@ def distance_from_one(recipe: Recipe, scale: float, dataset: Dataset) -> float:
     variables = model.init(jax.random.key(0), images, train=True)
     # The first batch replaces the prior in the running statistics, so that inference then uses this batch's own.
     _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    layers = layer_gains(model, {**variables, **updates}, images)
+    layers = gains_of(model, images)({**variables, **updates})
     gains = scale**2 * np.array([(layer.forward, layer.backward) for layer in layers])
     return float(np.abs(np.log(np.maximum(gains, np.finfo(np.float32).tiny))).sum(1).mean())
 

@@ -1,6 +1,7 @@
 """What the activations of a Linen network do to variance, layer by layer."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -13,21 +14,21 @@ from anact_jax.diagnostics import LayerGains, gains_on_batch, linen_layers
 from anact_jax.linen import ANAct
 from experiments.networks import Plain
 
+Gains: TypeAlias = Callable[[PyTree[Array | np.ndarray]], list[LayerGains]]
 
-def layer_gains(
-    model: nn.Module,
-    variables: PyTree[Array | np.ndarray],
-    images: Float[np.ndarray, "n h w c"] | Float[Array, "n h w c"],
-) -> list[LayerGains]:
-    """Gains of every activation, plain ones too, on a batch, in the order in which they run, in inference mode."""
+
+def gains_of(model: nn.Module, images: Float[np.ndarray, "n h w c"] | Float[Array, "n h w c"]) -> Gains:
+    """The function from variables to the gains of every activation, plain ones too, on these images.
+
+    In the order in which they run, in inference mode. It is compiled once.
+    """
 
     def total(variables: PyTree[Array | np.ndarray], images: Array) -> Array:
         logits: Any = model.apply(variables, images, train=False)
         return jnp.sum(logits)
 
     measure = jax.jit(gains_on_batch(total, (ANAct, Plain)))
-    rows: list[LayerGains] = list(jax.device_get(measure(variables, images)))
-    return rows
+    return lambda variables: list(jax.device_get(measure(jax.device_get(variables), images)))
 
 
 def worst_gains(layers: list[LayerGains]) -> str:

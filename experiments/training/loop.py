@@ -13,9 +13,9 @@ from tqdm import tqdm
 from experiments.config import Experiment
 from experiments.data import Batch, Dataset, Shard, evaluation_batches, training_batches
 from experiments.training.checkpoints import Checkpoints, Position
-from experiments.training.gains import factor_range
+from experiments.training.gains import Gains, factor_range
 from experiments.training.metrics import Record
-from experiments.training.steps import Steps, TrainState, layer_names, steps_per_epoch
+from experiments.training.steps import Steps, TrainState, layer_names, schedule_of, steps_per_epoch, taken
 
 _RECORDS_PER_EPOCH = 5
 
@@ -69,6 +69,7 @@ def train(
     start: Position | None = None,
     checkpoints: Checkpoints | None = None,
     stop: Callable[[], bool] = lambda: False,
+    gains: Gains | None = None,
     show_progress: bool = True,
 ) -> tuple[TrainState, float]:
     """Trains over all devices of all processes; returns the final state and its test accuracy.
@@ -80,6 +81,7 @@ def train(
         log: takes what is measured.
         start: where an interrupted run stood, by default the beginning. It is consumed.
         checkpoints: takes where the run stands, after each epoch, every `config.save_every_steps` and on `stop`.
+        gains: measures what activations do to variance, after each evaluation.
         stop: asked after every step, and after every batch of an evaluation; in all processes the same.
         show_progress: with a bar.
 
@@ -102,7 +104,7 @@ def train(
         workers=config.workers,
         start=position.step,
     )
-    every = max(1, per_epoch // _RECORDS_PER_EPOCH)
+    every, schedule = max(1, per_epoch // _RECORDS_PER_EPOCH), schedule_of(config, per_epoch)
 
     def report(**values: float) -> None:
         nonlocal position
@@ -151,6 +153,7 @@ def train(
             if (position.step - first) % every == 0 or position.step == end:
                 check()
                 values = _mean_of(position.recent)
+                values["learning_rate"] = config.learning_rate * float(schedule(taken(position.state) - 1))
                 position = position._replace(recent=())
                 spread = factors(position.state.variables)
                 if spread is not None:
@@ -162,7 +165,10 @@ def train(
             heed()
         if position.step == end and not position.measured:
             measured = evaluate(steps, position.state, dataset, config.batch_size, over_devices, heed)
-            report(**{f"test_{name}": float(value) for name, value in measured.items()})
+            values = {f"test_{name}": float(value) for name, value in measured.items()}
+            for row in gains(position.state.evaluated) if gains else ():
+                values |= {f"gain_{way}/{row.name}": float(getattr(row, way)) for way in ("forward", "backward")}
+            report(**values)
             position = position._replace(measured=True)
             save()
     return position.state, _latest_test(position)["test_accuracy"]

@@ -55,6 +55,13 @@ class Unheard:
         """Takes a record."""
 
 
+def show_pictures(workdir: Path, *pictures: Path) -> None:
+    """Puts pictures into the run's TensorBoard events."""
+    with SummaryWriter(str(workdir)) as events:
+        for picture in pictures:
+            events.add_image(picture.stem, plt.imread(picture)[..., :3], dataformats="HWC")
+
+
 def read_metrics(workdir: Path) -> list[Record]:
     """The records of a run, finished or not."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

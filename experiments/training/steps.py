@@ -80,18 +80,28 @@ def steps_per_epoch(recipe: Training, dataset: Dataset) -> int:
     return len(dataset.train) // recipe.batch_size
 
 
+def schedule_of(recipe: Training, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate at each step, counted from 0, as a part of its peak."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=1.0,
+        warmup_steps=round(min(recipe.warmup_epochs, recipe.epochs / 2) * steps_per_epoch),
+        decay_steps=recipe.epochs * steps_per_epoch,
+    )
+
+
+def taken(state: TrainState) -> int:
+    """Steps that the optimizer has taken: those that were not left out."""
+    return int(optax.tree.get_all_with_path(state.opt_state, "count")[0][1])
+
+
 def make_optimizer(recipe: Training, steps_per_epoch: int) -> optax.GradientTransformation:
     """SGD with momentum, or Adam; clipping, weight decay on kernels, under a linear rise and a cosine fall.
 
     Its peak learning rate is 1; the training step multiplies by the state's, so that one compiled
     step serves all learning rates.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=1.0,
-        warmup_steps=round(min(recipe.warmup_epochs, recipe.epochs / 2) * steps_per_epoch),
-        decay_steps=recipe.epochs * steps_per_epoch,
-    )
+    schedule = schedule_of(recipe, steps_per_epoch)
 
     def kernels(params: PyTree[Array]) -> PyTree[bool]:
         return jax.tree.map(lambda parameter: parameter.ndim > 1, params)
