@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 from anact_jax.elementwise import Activation, Constants, ExplicitActivation, traced, value_and_slope, wide_dtype
-from anact_jax.kernels import sums
+from anact_jax.kernels import on_one_device, sums
 
 
 class Stats(NamedTuple):
@@ -42,6 +42,8 @@ class Stats(NamedTuple):
 
 
 MOMENTS: tuple[str, ...] = Stats._fields[1:]
+
+_FEW = 8
 
 FEW_SHARDS = 16  # up to which moments are gathered: a table of 16 rows costs less than a second collective
 
@@ -288,16 +290,22 @@ def _measured(f: Activation, x: Array, axes: tuple[int, ...], mask: Array | None
     def mean(total: Array) -> Array:
         return total / jnp.maximum(count, 1)
 
-    m = mean(jnp.sum(x, axis=reduced, dtype=dtype, where=mask))
-    at_m = jnp.mean(f(jnp.expand_dims(m, reduced)).astype(dtype), axis=reduced)
-    # 0 where f has no value at the mean; NaN, which all sums then have, where x is not finite.
+    few = _first_few(x, reduced) if mask is None else None
+    if few is None:  # at the price of a pass over x; on a mesh, of a message too
+        m = mean(jnp.sum(x, axis=reduced, dtype=dtype, where=mask))
+        at_m = jnp.mean(f(jnp.expand_dims(m, reduced)).astype(dtype), axis=reduced)
+    else:
+        m, at_m = (jnp.mean(v.astype(dtype), axis=reduced) for v in (few, f(few.astype(dtype))))
+    # 0 where f has no value there; NaN, which all sums then have, where x is not finite.
     at_m = jnp.where(jnp.isfinite(m) & jnp.isfinite(at_m), at_m, 0 * m)
 
     def terms(x: Array, mask: Array | None, m: Array, at_m: Array) -> list[Array]:
         x = x.astype(dtype)
         y, slope = value_and_slope(f, x) if "slope_sq" in moments else (f(x), None)
         found = [x - m, (x - m) ** 2] if "var_in" in moments else []
-        found += [y - at_m, (y - at_m) ** 2] if "var_out" in moments else []
+        if "var_out" in moments:
+            off = y.astype(dtype) - at_m + 0 * x  # NaN where x is infinite and f(x) is not
+            found += [off, off**2]
         found += [] if slope is None else [slope**2]
         return found if mask is None else [jnp.where(mask, value, 0) for value in found]
 
@@ -310,6 +318,20 @@ def _measured(f: Activation, x: Array, axes: tuple[int, ...], mask: Array | None
     if "slope_sq" in moments:
         values["slope_sq"] = next(found)
     return Stats(count, **values)
+
+
+def _first_few(x: Array, reduced: tuple[int, ...]) -> Array | None:
+    """Elements of each feature, about whose mean the others are summed; None where they are not at hand.
+
+    Sums lose digits only where these are many deviations away from the rest.
+    """
+    if not reduced or not on_one_device(x) or not all(isinstance(size, int) and size for size in x.shape):
+        return None
+    first, *others = reduced
+    few = jax.lax.slice_in_dim(x, 0, min(_FEW, x.shape[first]), axis=first)
+    for axis in others:
+        few = jax.lax.slice_in_dim(few, 0, 1, axis=axis)
+    return few
 
 
 def moments_of(stats: Stats) -> dict[str, Array]:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 import anact_jax.statistics
-from anact_jax import ACTIVATIONS, Stats, activation_stats, informative
+from anact_jax import ACTIVATIONS, MOMENTS, Stats, activation_stats, informative
 
 
 def normal(shape, mean=0.0, std=1.0, seed=0):
@@ -124,6 +124,22 @@ def test_spoiled_batch_is_flagged_and_its_gradient_stays_finite(bad):
     np.testing.assert_array_equal(np.isnan(stats.mean_out), [False, True, False])
     chex.assert_tree_all_finite(gradient)
     assert np.all(np.asarray(gradient)[:, [0, 2]] != 0)
+
+
+@pytest.mark.parametrize("moments", [MOMENTS, ("mean_out", "var_out")])
+@pytest.mark.parametrize("row", [0, 20])
+def test_infinite_input_is_flagged_though_f_bounds_it(moments, row):
+    x = jnp.asarray(normal((32, 3))).at[row, 1].set(-jnp.inf)
+    stats = activation_stats(jax.nn.relu, x, feature_axes=-1, moments=moments)
+    np.testing.assert_array_equal(informative(stats), [True, False, True])
+
+
+def test_first_elements_far_from_the_rest():
+    """The others are summed about them."""
+    x = normal((4096, 3))
+    x[:8] += 30
+    stats = activation_stats(jax.nn.elu, jnp.asarray(x), feature_axes=-1)
+    assert_moments(stats, oracles.stats("elu", x, axes=(0,)), rtol=3e-5)
 
 
 def test_masked_elements_get_no_gradient_even_where_f_has_none():
