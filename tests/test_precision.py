@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 import anact_jax.nnx
-from anact_jax import ACTIVATIONS, DEFAULT, Stats, anact, initial_stats, normalization
-from anact_jax.linen import NSwish
+from anact_jax import ACTIVATIONS, DEFAULT, Form, Stats, anact, initial_stats, normalization, tempered
+from anact_jax.linen import ANAct, NSwish
 
 
 class Net(nn.Module):
@@ -154,3 +154,28 @@ def test_a_learned_form_trains_under_x64_in_both_apis(dtype):
         net = anact_jax.nnx.NSwish(4, form=form, use_running_average=False)
         of_nnx = nnx.grad(lambda net: jnp.sum(jnp.sin(net(x))))(net)
         np.testing.assert_array_equal(of_nnx["alpha"][...], gradient["alpha"])
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.usefixtures("standard_promotion")
+def test_forward_form_is_batchnorm_without_parameters_behind_the_tempered_activation(name):
+    form = Form.parse("forward+center+unit+diff+feature+nu0.1")
+    f = tempered(ACTIVATIONS[name], form.nonlinearity)
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (64, 5), jnp.float64) * jnp.arange(1.0, 6.0)[None] + 0.3
+        weights = jax.random.normal(jax.random.key(1), x.shape, jnp.float64)
+
+        def ours(x):
+            return output(ANAct(ACTIVATIONS[name], form=form, use_running_average=False), x)
+
+        def theirs(x):
+            options = {"use_scale": False, "use_bias": False, "epsilon": 1e-6, "use_fast_variance": False}
+            return output(nn.BatchNorm(use_running_average=False, **options), f(x))
+
+        def output(layer, x):
+            y, _ = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+            return jnp.sum(weights * jnp.sin(y)), y
+
+        (gradient, y), (expected, expected_y) = (jax.grad(each, has_aux=True)(x) for each in (ours, theirs))
+        np.testing.assert_allclose(y, expected_y, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6)

@@ -75,7 +75,7 @@ def _scaled_jvp(g: ExplicitActivation, primals: tuple[Any, ...], tangents: tuple
     def along_numbers(x: Array, *arrays: Array) -> Array:
         own = (axis for axis in range(x.ndim) if any(array.shape[axis] != 1 for array in arrays))
         first_own = min(next(own, x.ndim), x.ndim - 1)
-        merged, *flat = (a.reshape(math.prod(a.shape[:first_own]), *a.shape[first_own:]) for a in (x, *arrays))
+        merged, *flat = (a.reshape(_other_shape(a.shape, first_own, x.shape)) for a in (x, *arrays))
         change: Array = jax.jvp(functools.partial(formula, g, constants, merged), tuple(flat[:2]), tuple(flat[2:]))[1]
         return change.reshape(x.shape)
 
@@ -85,6 +85,14 @@ def _scaled_jvp(g: ExplicitActivation, primals: tuple[Any, ...], tangents: tuple
 
     ways = {"cpu": along_numbers, "default": at_once}
     return scaled(g, *primals), along_x + jax.lax.platform_dependent(x, *numbers, *tangents[2:], **ways)
+
+
+def _other_shape(shape: tuple[int, ...], shared: int, batch: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape, for an array that goes with a batch, with its `shared` first axes as one, or one axis as two."""
+    if shared > 1:
+        return (math.prod(shape[:shared]), *shape[shared:])
+    parts = next(parts for parts in range(min(64, batch[0]), 0, -1) if batch[0] % parts == 0)
+    return (parts, shape[0] // parts, *shape[1:]) if shape[0] == batch[0] else (1, *shape)
 
 
 def _computed_once(y: Array) -> Array:
