@@ -4,6 +4,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
+from anact_jax import DEFAULT
 from experiments.benchmarks import cost, operation, scaling, training_step
 from experiments.benchmarks.measuring import Spread, ratios, seconds
 
@@ -66,6 +67,15 @@ def test_a_training_step_goes_on_from_the_last_one_and_its_compilation_is_measur
 
 
 def test_messages_between_devices():
+    """Of the default's moments m, with k means among them."""
+    m, k = len(DEFAULT.moments), sum(name.startswith("mean") for name in DEFAULT.moments)
     assert scaling._messages([16, 32], 1) == [(0, 0)] * 3
-    assert scaling._messages([16, 32], 8) == [(2, (48 * 5 + 2) * 8), (1, 48 * 6), (2, 48 * 2)]
-    assert scaling._messages([16, 32], 256) == [(4, 48 * 7 + 2), (1, 48 * 6), (2, 48 * 2)]
+    assert scaling._messages([16, 32], 8) == [(2, (48 * m + 2) * 8), (1, 48 * (m + 1)), (2, 48 * 2)]
+    assert scaling._messages([16, 32], 256) == [(4, 48 * (m + k) + 2), (1, 48 * (m + 1)), (2, 48 * 2)]
+
+
+def test_scaling_counts_messages_and_refuses_unknown_sides(run_main, refused):
+    status, output = run_main(scaling, "--sides")
+    assert status == 0
+    assert "ResNet-50: 49 activations of 22720 channels; gradient 102 MB" in output.out
+    refused(scaling, "--sides", "batch", message="unknown side 'batch'; expected swish, NSwish")

@@ -8,8 +8,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from experiments.benchmarks import training_step
 from experiments.benchmarks.measuring import random_images
-from experiments.data import DATASETS, Batch, training_batches
+from experiments.data import DATASETS, training_batches
 from experiments.networks.build import make_network
 from experiments.recipes import RECIPES
 from experiments.training.steps import make_steps
@@ -53,24 +54,9 @@ def test_a_recipe_takes_two_steps_at_full_shape(name):
 
 
 def traced_step(name, sharding=None):
-    """The training step of a recipe in bfloat16, at its full shapes, traced for arrays that are nowhere."""
+    """The training step of a recipe in bfloat16, at its full shapes."""
     config = dataclasses.replace(RECIPES[name].config, dtype="bfloat16")
-    size = config.batch_size
-    dataset = noise_for(config, size)
-    steps = make_steps(make_network(config, dataset), config, dataset)
-    state = jax.eval_shape(steps.create, 0, config.learning_rate)
-    batch = Batch(
-        jax.ShapeDtypeStruct((size, *SHAPES[config.dataset]), np.float32),
-        jax.ShapeDtypeStruct((size,), np.int32),
-        jax.ShapeDtypeStruct((size,), bool),
-    )
-    if sharding is not None:
-        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-        state, batch = (
-            jax.tree.map(lambda leaf, s=s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree)
-            for tree, s in ((state, everywhere), (batch, sharding))
-        )
-    return steps.train.trace(state, batch)
+    return training_step.traced(config, SHAPES[config.dataset], DATASETS[config.dataset], sharding)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
 import jax
 import jax.numpy as jnp
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -27,24 +28,28 @@ from experiments.benchmarks import operation, training_step
 from experiments.benchmarks.measuring import Spread, ratios, seconds
 from experiments.networks import check_name
 
-SHAPES = ((128, 512), (128, 32, 32, 16), (64, 32, 32, 64), (256, 56, 56, 64))
+SHAPES = ((128, 512), (8192, 512), (64, 32, 32, 64), (256, 56, 56, 64))
 DTYPES = ("float32", "bfloat16")
+_COPY = "copying"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Times each case beside the plain activation, in turn, and gives the ratio: median and quartiles of the rounds.
+    """Times all cases in turn and gives the ratios to plain and to BatchNorm: median and quartiles of the rounds.
 
     Prints tables in Markdown; writes all figures to `cost.json` and draws `cost.png`. The last tables are relative to
-    plain, whose own line has the figures.
+    plain, whose own line has the figures. *Of copying*: the fewest readings and writings that a case takes, in the time
+    that copying takes for as many, as a part of the time that it took.
     """
 
     shapes: tuple[str, ...] = tuple("x".join(map(str, shape)) for shape in SHAPES)
     """shapes of the operation's input; none skips it"""
-    dtypes: tuple[str, ...] = DTYPES
+    dtypes: tuple[str, ...] = ("float32",)
     """its dtypes"""
-    networks: tuple[str, ...] = tuple(training_step.NETWORKS)
+    networks: tuple[str, ...] = ("mlp30", "resnet20", "resnet50", "mlp100")
     """networks whose training step is timed; none skips it"""
+    gpu: bool = False
+    """time what counts on a GPU instead, in bfloat16: 256x56x56x64, 8192x4096, and ResNet-50 with 128 images"""
     repeats: int = 15
     """rounds that count, after one that does not"""
     workdir: Path = Path("runs/cost")
@@ -65,7 +70,10 @@ class Config:
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(Config, description=Config.__doc__)
+    config = tyro.cli(Config)
+    if config.gpu:
+        shapes = ("256x56x56x64", "8192x4096")
+        config = dataclasses.replace(config, shapes=shapes, dtypes=("bfloat16",), networks=("resnet50_gpu",))
     try:
         config.check()
         config.workdir.mkdir(parents=True, exist_ok=True)
@@ -90,16 +98,23 @@ def measure_operation(shape: tuple[int, ...], dtype: str, repeats: int) -> list[
     for name, layer in operation.LAYERS.items():
         program, arguments = operation.compiled(layer, shape, jnp.dtype(dtype))
         programs[name] = lambda program=program, arguments=arguments: program(*arguments)
-    taken = seconds(programs, repeats)
+    x = jax.random.normal(jax.random.key(0), shape, jnp.dtype(dtype))
+    copy = jax.jit(lambda x: -x)
+    taken = seconds({_COPY: lambda: copy(x)} | programs, repeats)
+    of_copying = {name: passes / 2 for name, passes in operation.PASSES.items()}
+    copying = {name: Spread.of(of_copying[name] * np.divide(taken[_COPY], taken[name])) for name in programs}
     return [
         {
             "what": f"{'x'.join(map(str, shape))} {dtype}",
             "case": name,
             "ratio": ratio,
+            "of BatchNorm": ratios(taken, operation.BATCH_NORM)[name],
+            "of copying": copying[name].median,
             "ms": 1e3 * Spread.of(taken[name]).median,
             "saved MB": operation.residual_bytes(operation.LAYERS[name], shape, jnp.dtype(dtype)) / 1e6,
         }
         for name, ratio in ratios(taken, operation.PLAIN).items()
+        if name in programs
     ]
 
 
@@ -113,6 +128,7 @@ def measure_training_step(network: str, repeats: int) -> list[dict[str, Any]]:
             "what": str(chosen),
             "case": side,
             "ratio": ratio,
+            "of BatchNorm": ratios(taken, training_step.BATCH_NORM)[side],
             "ms": 1e3 * Spread.of(taken[side]).median,
             "temporary MB": programs[side].temporary_bytes / 1e6,
             "trace s": programs[side].trace,
@@ -133,15 +149,19 @@ def overview(rows: Sequence[dict[str, Any]]) -> str:
         for measure in kind:
             lines = [table_head("time" if measure == "ratio" else measure, *places)]
             for case in cases:
-                lines.append(table_row(case, *(_relative(found, place, case, measure) for place in places)))
+                lines.append(table_row(case, *(_told(found, place, case, measure) for place in places)))
             tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
 
-def _relative(found: dict[tuple[str, str], dict[str, Any]], place: str, case: str, measure: str) -> str:
+def _told(found: dict[tuple[str, str], dict[str, Any]], place: str, case: str, measure: str) -> str:
     row, plain = found[place, case], found[place, operation.PLAIN]
-    if measure == "ratio":
-        return f"{1e-3 * row['ms']:.2g} s" if row is plain else str(Spread(*row["ratio"]))
+    if measure == "ratio" and row is plain:
+        return f"{1e-3 * row['ms']:.2g} s"
+    if isinstance(row[measure], list | tuple):  # quartiles
+        return str(Spread(*row[measure]))
+    if measure == "of copying":
+        return f"{row[measure]:.0%}"
     return f"{plain[measure]:.3g}" if row is plain else f"{row[measure] / plain[measure]:.2f}"
 
 

@@ -1,75 +1,81 @@
-"""How the cost grows: the compiler's own counts, and what devices exchange.
+"""What ResNet-50's training step costs on many TPU cores: the compiler's own counts, and what the cores exchange.
 
 See `python experiments/benchmarks/scaling.py --help`.
 """
 
 import dataclasses
-import math
 import sys
-from typing import Any
 
-from experiments.cli import table_head, table_row
+from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
 
 # isort: split
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from anact_jax import DEFAULT
 from anact_jax.statistics import FEW_SHARDS
-from experiments.benchmarks import operation, training_step
+from experiments.benchmarks import training_step
 from experiments.benchmarks.measuring import random_images
 from experiments.networks.build import make_network
 
-SHAPES = ((32, 256), (64, 256), (128, 256), (64, 512), (64, 1024))
-DEPTHS = ("mlp5", "mlp10", "mlp30")
-BATCHES = (8, 16, 32)
 DEVICES = (1, 8, 256, 4096)
+TOPOLOGY, CORES, EACH = "v5e:2x4", 8, 128  # what is compiled for, and images for each core
+PEAK_FLOPS, PEAK_BYTES = 197e12, 819e9  # of a v5e core a second, in bfloat16: cloud.google.com/tpu/docs/v5e
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Counts operations and bytes in compiled programs, and messages between devices.
+    """Compiles ResNet-50's training step for eight TPU v5e, without having one, and counts what is sent between cores.
 
-    Prints three tables in Markdown. Nothing is run but compilers, and what they compile is for this machine.
+    In bfloat16, 128 images of 224x224 a core. *At least*: the time that flops and bytes take at the chip's peaks, the
+    larger of the two. Prints tables in Markdown. Needs libtpu: pip install libtpu
     """
+
+    sides: tuple[str, ...] = tuple(training_step.SIDES)
+    """what is compiled, a minute or two each; none skips it"""
 
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    tyro.cli(Config, description=Config.__doc__)
-    cases = (operation.PLAIN, "NSwish", "NSwish, constants", "BatchNorm, swish")
-    print(table_head("the activation, forward and backward; flops and bytes an element", *cases))
-    for shape in SHAPES:
-        counts = (operation.compiled(operation.LAYERS[case], shape, jnp.float32)[0].cost_analysis() for case in cases)
-        print(
-            table_row(
-                f"{shape[0]} examples, {shape[1]} channels", *(_cost(count, math.prod(shape)) for count in counts)
-            )
-        )
-
-    sides = tuple(training_step.SIDES)
-    print("\n" + table_head("training step; flops and bytes, of plain", *sides))
-    for model, size in (*((model, 128) for model in DEPTHS), *(("resnet20", size) for size in BATCHES)):
-        network = training_step.NETWORKS["mlp30" if model in DEPTHS else model]
-        network = network._replace(config=dataclasses.replace(network.config, model=model))
-        costs = {side: training_step.compiled(network, side, size).cost for side in sides}
-        plain = costs[training_step.PLAIN]
-        relative = (
-            ", ".join(f"{cost[key] / plain[key]:.2f}" for key in ("flops", "bytes accessed")) for cost in costs.values()
-        )
-        print(table_row(f"{model}, {size} examples", *relative), flush=True)
+    config = tyro.cli(Config)
+    unknown = [side for side in config.sides if side not in training_step.SIDES]
+    if unknown:
+        return fail(f"unknown side {unknown[0]!r}; expected {', '.join(training_step.SIDES)}", BAD_SETTINGS)
+    if config.sides:
+        try:
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
+        except (RuntimeError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            return fail(f"cannot compile for a TPU ({reason}); pip install libtpu", BAD_SETTINGS)
+        over_cores = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
+        print(table_head("step on each core", "TFLOP", "GB read and written", "GiB of memory", "at least, ms"))
+        for side in config.sides:
+            print(table_row(side, *_counted(side, over_cores)), flush=True)
+        print()
 
     channels, parameters = _resnet50()
-    print(
-        f"\nResNet-50: {len(channels)} activations of {sum(channels)} channels; gradient {parameters * 4e-6:.0f} MB\n"
-    )
+    print(f"ResNet-50: {len(channels)} activations of {sum(channels)} channels; gradient {parameters * 4e-6:.0f} MB\n")
     exchanged = ("statistics by `axis_name`", "`pmean` of `batch_stats`", "synchronized BatchNorm instead")
     print(table_head("devices; messages a step and MB", *exchanged))
-    for devices in DEVICES:
-        print(table_row(str(devices), *(f"{many}, {4e-6 * size:.3g}" for many, size in _messages(channels, devices))))
+    for count in DEVICES:
+        print(table_row(str(count), *(f"{many}, {4e-6 * size:.3g}" for many, size in _messages(channels, count))))
     return 0
+
+
+def _counted(side: str, sharding: NamedSharding) -> list[str]:
+    network = training_step.NETWORKS["resnet50_gpu"]
+    config = dataclasses.replace(network.config, batch_size=CORES * EACH, **training_step.SIDES[side])
+    program = training_step.traced(config, network.image, network.classes, sharding).lower().compile()
+    flops, moved = (program.cost_analysis()[name] for name in ("flops", "bytes accessed"))
+    memory = program.memory_analysis()
+    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    least = max(flops / PEAK_FLOPS, moved / PEAK_BYTES)
+    return [f"{flops / 1e12:.2f}", f"{moved / 1e9:.1f}", f"{needed / 2**30:.2f}", f"{1e3 * least:.1f}"]
 
 
 def _messages(channels: list[int], devices: int) -> list[tuple[int, int]]:
@@ -78,10 +84,11 @@ def _messages(channels: list[int], devices: int) -> list[tuple[int, int]]:
     if devices == 1:
         return [(0, 0)] * 3
     few = devices <= FEW_SHARDS
+    means = sum(name.startswith("mean") for name in DEFAULT.moments)
     return [
         (
             layers if few else 2 * layers,
-            (total * moments + layers) * devices if few else total * (moments + 2) + layers,
+            (total * moments + layers) * devices if few else total * (moments + means) + layers,
         ),
         (1, (moments + 1) * total),
         (layers, 2 * total),
@@ -98,10 +105,6 @@ def _resnet50() -> tuple[list[int], int]:
     fields = jax.tree.leaves(variables["batch_stats"])  # of each layer its count and its moments
     channels = [field.size for field in fields[:: 1 + len(DEFAULT.moments)]]
     return channels, sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-
-
-def _cost(counted: Any, elements: int) -> str:
-    return f"{counted['flops'] / elements:.1f}, {counted['bytes accessed'] / elements:.0f}"
 
 
 if __name__ == "__main__":

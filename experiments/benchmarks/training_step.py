@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from anact_jax import DEFAULT
 from experiments.benchmarks.measuring import random_images
@@ -15,13 +16,13 @@ from experiments.data import Batch
 from experiments.networks.build import make_network
 from experiments.training.steps import make_steps
 
-PLAIN = "swish"
+PLAIN, BATCH_NORM = "swish", "BatchNorm, swish"
 
 SIDES: Mapping[str, dict[str, Any]] = {
     PLAIN: {"activation": "swish", "norm": "none"},
     "NSwish": {"activation": "nswish", "norm": "none"},
     "NSwish, constants": {"activation": "nswish", "norm": "none", "form": str(DEFAULT.replace(stop_gradient=True))},
-    "BatchNorm, swish": {"activation": "swish", "norm": "batch"},
+    BATCH_NORM: {"activation": "swish", "norm": "batch"},
     "BatchNorm, NSwish": {"activation": "nswish", "norm": "batch"},
 }
 
@@ -41,13 +42,18 @@ class Network(NamedTuple):
 
     def __str__(self) -> str:
         height, width, _ = self.image
-        return f"{self.config.model}, {self.config.batch_size} images of {height}x{width}"
+        dtype = "" if self.config.dtype == "float32" else f", {self.config.dtype}"
+        return f"{self.config.model}, {self.config.batch_size} images of {height}x{width}{dtype}"
 
 
 NETWORKS: Mapping[str, Network] = {
     "mlp30": Network(Experiment(model="mlp30", batch_size=128), (28, 28, 1), 10),
     "resnet20": Network(Experiment(model="resnet20", batch_size=128), (32, 32, 3), 10),
     "resnet50": Network(Experiment(model="resnet50", batch_size=8, stem="imagenet"), (224, 224, 3), 1000),
+    "mlp100": Network(Experiment(model="mlp100", batch_size=128), (28, 28, 1), 10),
+    "resnet50_gpu": Network(
+        Experiment(model="resnet50", batch_size=128, stem="imagenet", dtype="bfloat16"), (224, 224, 3), 1000
+    ),
 }
 
 
@@ -92,3 +98,23 @@ def compiled(network: Network, side: str, batch_size: int | None = None) -> Prog
         return metrics
 
     return Program(call, middle - start, end - middle, memory.temp_size_in_bytes, cost)
+
+
+def traced(
+    config: Experiment, image: tuple[int, int, int], classes: int, sharding: NamedSharding | None = None
+) -> jax.stages.Traced:
+    """The training step of a configuration, traced for arrays that are nowhere, with the batch sharded so."""
+    size = config.batch_size
+    dataset = random_images(image, size, classes)
+    steps = make_steps(make_network(config, dataset), config, dataset)
+    state = jax.eval_shape(steps.create, 0, config.learning_rate)
+    kinds: Any = [((size, *image), np.float32), ((size,), np.int32), ((size,), bool)]
+    batch = Batch(*(jax.ShapeDtypeStruct(*kind) for kind in kinds))  # type: ignore[arg-type]
+    if sharding is not None:
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        state, batch = (
+            jax.tree.map(lambda leaf, s=s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree)
+            for tree, s in ((state, everywhere), (batch, sharding))
+        )
+    found: jax.stages.Traced = steps.train.trace(state, batch)  # type: ignore[attr-defined]  # a jitted function
+    return found
