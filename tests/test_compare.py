@@ -38,7 +38,10 @@ ROOT = Path(__file__).parents[1]
         (["--forms", "median"], "unknown form 'median'"),
         (["--models", "resnet21"], "unknown model 'resnet21'"),
         (["--norms", "instance"], "unknown norm 'instance'"),
-        (["--activations", "dmish"], "Deep Kernel Shaping is to be had for elu, gelu, relu"),
+        (
+            ["--activations", "mish", "--variations", "Deep Kernel Shaping"],
+            "Deep Kernel Shaping is to be had for elu, gelu, relu",
+        ),
         (["--dataset", "digits", "--half", "3"], "half must be 1 or 2, got 3"),
         (["--learning-rates", "0"], "learning_rate must be a positive number, got 0"),
         (["--learning-rates"], "learning_rates must name at least one"),
@@ -58,14 +61,15 @@ def test_bad_settings_end_in_one_line_before_training(arguments, message, refuse
 
 def test_every_side_comes_once_and_plain_ones_have_no_form():
     config = Config(
-        activations=("swish", "nswish", "dswish"),
+        activations=("swish", "nswish"),
+        variations=("Deep Kernel Shaping",),
         forms=("published", "exact+unit"),
         models=("mlp10",),
         norms=("none", "batch"),
     )
     settings = [side.settings for side in config.sides()]
-    of_one_norm = [("swish", None, ""), ("nswish", "mean", ""), ("nswish", "exact+unit", "")]
-    of_one_norm.append(("swish", None, "Deep Kernel Shaping"))
+    of_one_norm = [("swish", None, ""), ("swish", None, "Deep Kernel Shaping")]
+    of_one_norm += [("nswish", "mean", ""), ("nswish", "exact+unit", "")]
     assert [(s["norm"], s["activation"], s["form"], s["variation"]) for s in settings] == [
         (norm, *side) for norm in ("none", "batch") for side in of_one_norm
     ]

@@ -3,13 +3,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from anact_jax import gaussian_stats
 from experiments.config import Recipe
 from experiments.data import load
 from experiments.networks import Plain, on_each
-from experiments.studies.rivals import DEEP_KERNEL_SHAPING, Depth, WeightedSum, deep_kernel_shaped, network_of
+from experiments.studies.rivals import DEEP_KERNEL_SHAPING, Depth, UnitKernel, deep_kernel_shaped, network_of
 
 
 @pytest.mark.parametrize("name", ["swish", "tanh", "gelu"])
@@ -43,8 +44,43 @@ def test_deep_kernel_shaping_counts_shortcuts_by_their_weight():
     depth = Depth(3, (2, 1))
     assert depth.slope(1.1) == pytest.approx(1.1**3 * (0.64 + 0.36 * 1.1**2) * (0.64 + 0.36 * 1.1))
     assert Depth(0, (2,)).slope(1.1) == pytest.approx(1.1**2)  # the branch alone
-    x, branch = jax.random.normal(jax.random.key(0), (2, 4096))
-    np.testing.assert_allclose(WeightedSum()(x, branch), 0.8 * x + 0.6 * branch, rtol=1e-5, atol=1e-6)
+
+
+KEEPS = ["normalizer-free", "magnitude-preserving", "BatchNorm behind", "tempered, BatchNorm behind"]
+
+
+@pytest.mark.parametrize("variation", [*KEEPS, "tempered", DEEP_KERNEL_SHAPING])
+@pytest.mark.parametrize("model", ["resmlp16", pytest.param("resnet20", marks=pytest.mark.slow)])
+def test_each_rival_holds_the_signal_and_trains(model, variation):
+    recipe = Recipe(model=model, activation="softplus", norm="batch" if variation == "tempered" else "none")
+    network = network_of(recipe, variation, load("digits"))
+    x, labels = jax.random.normal(jax.random.key(0), (64, 8, 8, 1)), jnp.arange(64) % 10
+    variables = jax.jit(lambda x: network.init(jax.random.key(1), x, train=False))(x)
+
+    def loss(params):
+        logits, _ = network.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+
+    (before, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    if (
+        variation in KEEPS and model == "resmlp16"
+    ):  # ResNet-20 has an activation behind each sum, which those know nothing of
+        assert 0.05 < float(jnp.std(logits)) < 20
+    after, _ = jax.jit(loss)(jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], gradient))
+    assert float(after) < float(before)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_kernels_of_unit_norm(center):
+    layer = UnitKernel(5, (3, 3), 2, center=center)
+    x = jax.random.normal(jax.random.key(0), (4, 8, 8, 6))
+    variables = layer.init(jax.random.key(1), x)
+    scaled = jax.tree.map(lambda p: 7 * p if p.ndim > 1 else p, variables)
+    np.testing.assert_allclose(layer.apply(variables, x), layer.apply(scaled, x), rtol=1e-4, atol=1e-5)
+    assert layer.apply(variables, x).shape == (4, 4, 4, 5)
+    assert float(jnp.var(layer.apply(variables, x)[:, 1:3, 1:3])) == pytest.approx(1, rel=0.3)  # x has variance 1
+    constant = layer.apply(variables, jnp.ones_like(x))[:, 1:3, 1:3]
+    assert (float(jnp.abs(constant).max()) < 1e-4) == center  # without padding a centered kernel takes no mean
 
 
 def plain_activations(model):

@@ -26,7 +26,7 @@ from experiments.networks import MODELS, NORMS, ActivationName, check_name
 from experiments.networks.build import check_devices
 from experiments.studies.grid import Cell, Outcome, Results, run_cells
 from experiments.studies.report import write_reports
-from experiments.studies.rivals import DEEP_KERNEL_SHAPING, network_of
+from experiments.studies.rivals import VARIATIONS, network_of
 
 FINALISTS = 2  # learning rates that are tried with all seeds of the choice
 
@@ -42,13 +42,14 @@ class Config(Storage, Training, Parts, Data):
 
     activations: Annotated[
         tuple[str, ...],
-        arg(help=f"of {', '.join(ACTIVATIONS)}; with n before it, normalized; with d, by Deep Kernel Shaping"),
+        arg(help=f"of {', '.join(ACTIVATIONS)}; with n before it, normalized"),
     ] = (
         "swish",
         "nswish",
     )
     forms: tuple[str, ...] = ("published", "default")
     """of normalized ones: published, default, or options as in forward+center+unit+diff+feature+nu0.1"""
+    variations: Annotated[tuple[str, ...], arg(help=f"of plain ones too: {', '.join(VARIATIONS)}")] = ()
     models: Annotated[tuple[str, ...], arg(help=f"of {', '.join(MODELS)}")] = ("mlp10",)
     norms: Annotated[tuple[str, ...], arg(help=f"normalization layers, of {', '.join(NORMS)}")] = ("none", "batch")
     learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
@@ -66,7 +67,9 @@ class Config(Storage, Training, Parts, Data):
         """Raises ValueError, in one line, at the first setting that cannot be."""
         super().check()
         for name in self.activations:
-            _named(name)
+            ActivationName.parse(name)
+        for name in self.variations:
+            check_name("variation", name, VARIATIONS)
         for form in self.forms:
             Form.parse(form)
         for name in self.models:
@@ -84,19 +87,11 @@ class Config(Storage, Training, Parts, Data):
     def sides(self) -> Iterator[Cell]:
         """Every network with every activation, each plain one once, at no particular learning rate."""
         for model, norm, name in itertools.product(self.models, self.norms, self.activations):
-            activation, variation = _named(name)
-            forms = self.forms if ActivationName.parse(activation).normalized else ("default",)  # of no meaning
-            for form in forms:
-                recipe = Recipe.part_of(self, model=model, norm=norm, activation=activation, form=form)
-                yield Cell(recipe, on_test=False, variation=variation)
-
-
-def _named(activation: str) -> tuple[str, str]:
-    """The activation and the variation that a name on the command line stands for."""
-    if activation[:1] == "d" and activation[1:] in ACTIVATIONS:
-        return activation[1:], DEEP_KERNEL_SHAPING
-    ActivationName.parse(activation)
-    return activation, ""
+            normalized = ActivationName.parse(name).normalized
+            for form in self.forms if normalized else ("default",):  # of no meaning
+                recipe = Recipe.part_of(self, model=model, norm=norm, activation=name, form=form)
+                for variation in ("", *(() if normalized else self.variations)):
+                    yield Cell(recipe, on_test=False, variation=variation)
 
 
 def main() -> int:
@@ -116,7 +111,9 @@ def main() -> int:
     try:
         for number, side in enumerate(sides, start=1):
             recipe = side.recipe
-            print(f"{number}/{len(sides)} {recipe.model} {recipe.norm} {recipe.activation}", end=" ", flush=True)
+            which = side.variation or (recipe.form if ActivationName.parse(recipe.activation).normalized else "plain")
+            named = f"{number}/{len(sides)} {recipe.model} {recipe.norm} {recipe.activation}, {which}:"
+            print(named, end=" ", flush=True)
             print(compare_side(side, config, results))
     except KeyboardInterrupt:
         return fail(f"interrupted; what is finished is in {config.workdir}, the same command goes on", INTERRUPTED)

@@ -1,7 +1,9 @@
-"""Deep Kernel Shaping (Martens et al., arXiv 2110.01765): activations shaped once, for a network's depth."""
+"""What a plain activation could be helped by instead: other places for BatchNorm, and networks that need none."""
 
 import functools
 import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -11,15 +13,16 @@ import numpy as np
 from dks.base.activation_transform import get_transformed_activations
 from jaxtyping import Array, Float
 
-from anact_jax import ACTIVATIONS, Activation
+from anact_jax import ACTIVATIONS, Activation, gaussian_stats, tempered
 from experiments.config import Recipe
 from experiments.data import Dataset
-from experiments.networks import Join, Plain, on_each
+from experiments.networks import Join, Layers, Plain, on_each
 from experiments.networks.build import layers_of, make_network
-from experiments.studies.ensemble import for_ensemble
+from experiments.studies.ensemble import conv_by_matmul, for_ensemble
 from experiments.studies.grid import not_run_today
 
 DEEP_KERNEL_SHAPING = "Deep Kernel Shaping"
+TEMPERED_TO = 0.1  # limit of the nonlinearity, where it is tempered
 
 _SHAPEABLE = ("elu", "gelu", "relu", "selu", "sigmoid", "softplus", "swish", "tanh")
 SHORTCUT_WEIGHT = 0.8  # w of the sums `w x + sqrt(1 - w^2) branch` that the method asks for in residual networks
@@ -69,14 +72,6 @@ def deep_kernel_shaped(name: str, depth: Depth) -> Activation:
     return shaped
 
 
-class WeightedSum(nn.Module):
-    """The sum of a residual block as the method has it: `w x + sqrt(1 - w^2) branch` with w = `SHORTCUT_WEIGHT`."""
-
-    def __call__(self, x: Float[Array, "*shape"], branch: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The block's output, from its shortcut x and its branch."""
-        return SHORTCUT_WEIGHT * x + math.sqrt(1 - SHORTCUT_WEIGHT**2) * branch
-
-
 def depth_of(model: nn.Module, dataset: Dataset) -> Depth:
     """Of a network with plain activations."""
     found: list[nn.Module] = []
@@ -87,17 +82,135 @@ def depth_of(model: nn.Module, dataset: Dataset) -> Depth:
     return Depth(sum(isinstance(module, Plain) for module in found) - sum(branches), branches)
 
 
+class ThenBatchNorm(nn.Module):
+    """BatchNorm(fn(x)): the activation first."""
+
+    fn: Activation
+    use_running_average: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The layer's output."""
+        y: Array = nn.BatchNorm(use_running_average=self.use_running_average, momentum=0.9)(self.fn(x))
+        return y
+
+
+class UnitKernel(nn.Module):
+    """A dense layer, or a convolution, whose kernel has the norm `gain` for each unit, whatever was learned.
+
+    Attributes:
+        features: number of units.
+        kernel_size: of a convolution, None for a dense layer.
+        strides: of a convolution.
+        center: take the mean of a unit's kernel out first: with a learned gain, scaled weight standardization (Brock et
+            al., arXiv 2101.08692); without both, EDM2's forced weight normalization (Karras et al., arXiv 2312.02696).
+    """
+
+    features: int
+    kernel_size: tuple[int, int] | None = None
+    strides: int | tuple[int, int] = 1
+    center: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
+        """The layer's output."""
+        init = jax.nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (*(self.kernel_size or ()), x.shape[-1], self.features))
+        axes = tuple(range(kernel.ndim - 1))
+        if self.center:
+            kernel = kernel - jnp.mean(kernel, axes, keepdims=True)
+        kernel = kernel * jax.lax.rsqrt(jnp.sum(kernel**2, axes, keepdims=True) + 1e-8)
+        if self.center:
+            kernel = kernel * jnp.expand_dims(self.param("gain", nn.initializers.ones, (self.features,)), axes)
+        if self.kernel_size is None:
+            y = x @ kernel
+        else:
+            strides = self.strides if isinstance(self.strides, tuple) else (self.strides,) * 2
+            y = conv_by_matmul(x, kernel, strides, "SAME")
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
+
+
+class BlendedSum(nn.Module):
+    """The sum of a residual block as `keep x + add branch`."""
+
+    keep: float
+    add: float
+
+    def __call__(self, x: Float[Array, "*shape"], branch: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The block's output, from its shortcut x and its branch."""
+        return self.keep * x + self.add * branch
+
+
+def _shaped(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
+    shaped = deep_kernel_shaped(recipe.activation, depth_of(make_network(recipe, dataset, layers), dataset))
+    join = BlendedSum(SHORTCUT_WEIGHT, math.sqrt(1 - SHORTCUT_WEIGHT**2))
+    return layers._replace(act=lambda inference: Plain(shaped), join=lambda activations: join)
+
+
+def _tempered(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
+    fn = tempered(ACTIVATIONS[recipe.activation], TEMPERED_TO)
+    return layers._replace(act=lambda inference: Plain(fn))
+
+
+def _batch_norm_behind(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
+    fn = ACTIVATIONS[recipe.activation]
+    return layers._replace(act=lambda inference: ThenBatchNorm(fn, inference))
+
+
+def _tempered_batch_norm_behind(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
+    fn = tempered(ACTIVATIONS[recipe.activation], TEMPERED_TO)
+    return layers._replace(act=lambda inference: ThenBatchNorm(fn, inference))
+
+
+def _normalizer_free(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
+    """Kernels standardized, f by its deviation under N(0, 1), branches weighted by 0.2, as in Brock et al."""
+    fn = ACTIVATIONS[recipe.activation]
+    scale = float(gaussian_stats(fn).var_out) ** -0.5
+    return layers._replace(
+        conv=UnitKernel,
+        dense=UnitKernel,
+        act=lambda inference: Plain(lambda x: scale * fn(x)),
+        join=lambda activations: BlendedSum(1.0, 0.2),
+    )
+
+
+def _magnitude_preserving(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
+    """Kernels of unit norm, f by its mean square under N(0, 1), sums that keep the variance, as in EDM2."""
+    fn = ACTIVATIONS[recipe.activation]
+    stats = gaussian_stats(fn)
+    scale = float(stats.var_out + stats.mean_out**2) ** -0.5
+    part = math.hypot(0.7, 0.3)
+    return layers._replace(
+        conv=functools.partial(UnitKernel, center=False),
+        dense=functools.partial(UnitKernel, center=False),
+        act=lambda inference: Plain(lambda x: scale * fn(x)),
+        join=lambda activations: BlendedSum(0.7 / part, 0.3 / part),
+    )
+
+
+VARIATIONS: Mapping[str, Callable[[Recipe, Layers, Dataset], Layers]] = MappingProxyType(
+    {
+        DEEP_KERNEL_SHAPING: _shaped,
+        "tempered": _tempered,
+        "BatchNorm behind": _batch_norm_behind,
+        "tempered, BatchNorm behind": _tempered_batch_norm_behind,
+        "normalizer-free": _normalizer_free,
+        "magnitude-preserving": _magnitude_preserving,
+    }
+)
+"""By name, what is changed in a network with a plain activation."""
+
+
 def network_of(recipe: Recipe, variation: str, dataset: Dataset) -> nn.Module:
-    """A recipe's network for an ensemble, as it is or with its plain activation shaped.
+    """A recipe's network for an ensemble, as it is or with its plain activation in another way.
 
     Raises:
         ValueError: there is no such variation, or as `make_network` and `deep_kernel_shaped` raise.
     """
     layers = for_ensemble(layers_of(recipe))
-    if variation == DEEP_KERNEL_SHAPING:
-        depth = depth_of(make_network(recipe, dataset, layers), dataset)
-        shaped = deep_kernel_shaped(recipe.activation, depth)
-        layers = layers._replace(act=lambda inference: Plain(shaped), join=lambda activations: WeightedSum())
+    if variation in VARIATIONS:
+        layers = VARIATIONS[variation](recipe, layers, dataset)
     elif variation:
         raise not_run_today(variation)
     return make_network(recipe, dataset, layers)
