@@ -49,7 +49,7 @@ def test_rows_pair_plain_with_the_form_and_find_rivals(tmp_path):
     add(results, "swish", [0.6, 0.6, 0.6], norm="batch")
     add(results, "selu", [0.1, 0.1, 0.1])
     (row,) = rows_of(results, FORM)
-    assert (row.network, row.activation, row.best_rival) == ("mlp10", "swish", "DKS")
+    assert (row.network, row.activation, row.best_rival) == ("mlp10 on digits", "swish", "DKS")
     assert set(row.rivals) == {"DKS", "BatchNorm", "SELU"}
     np.testing.assert_allclose(row.difference, (0.1, 0), atol=1e-9)
     text = report([row])
@@ -58,7 +58,7 @@ def test_rows_pair_plain_with_the_form_and_find_rivals(tmp_path):
     assert "Within 1 point of the best rival in 0 of 1" in text
     head, _, line = text.split("**Default less each rival**\n\n")[1].splitlines()[:3]
     assert head == "| network | activation | SELU | DKS | BatchNorm |"
-    assert line == "| mlp10 | swish | +60.0 ± 24.8 | -10.0 ± 0.0 | +10.0 ± 24.8 |"
+    assert line == "| mlp10 on digits | swish | +60.0 ± 24.8 | -10.0 ± 0.0 | +10.0 ± 24.8 |"
 
 
 def test_behind_a_normalization_layer_the_rivals_are_what_could_stand_in_its_place(tmp_path):
@@ -68,7 +68,7 @@ def test_behind_a_normalization_layer_the_rivals_are_what_could_stand_in_its_pla
     add(results, "selu", [0.1, 0.1])
     add(results, "relu", [0.7, 0.7], init="he")
     (row,) = rows_of(results, FORM)
-    assert row.network == "mlp10, batch"
+    assert row.network == "mlp10 on digits, batch"
     assert set(row.rivals) == {"LayerNorm", "SELU", "ReLU, He"}
     assert row.best_rival == "ReLU, He"
 
@@ -81,13 +81,13 @@ def test_forms_stand_in_rows_where_many_were_tried_and_in_columns_elsewhere(tmp_
     add(results, "swish", [0.7, 0.7], norm="batch")
     add(results, "nswish", [0.8, 0.8], norm="batch")
     lines = forms_table(results).splitlines()
-    assert lines[:3] == ["| form | mlp10, swish, pool 1 |", "| --- | --- |", "| plain | 50.0 ± 0.0 at 0.1 |"]
+    assert lines[:3] == ["| form | mlp10 on digits, swish, pool 1 |", "| --- | --- |", "| plain | 50.0 ± 0.0 at 0.1 |"]
     assert "| forward+center+unit+diff+feature+nu0.1 | 61.0 ± 0.0 at 0.1 |" in lines[3:9]
     assert lines[9:] == [
         "",
         "| network | plain | mean+center+unit+diff+feature+nu0.1 |",
         "| --- | --- | --- |",
-        "| mlp10, swish, pool 1, batch | 70.0 ± 0.0 at 0.1 | 80.0 ± 0.0 at 0.1 |",
+        "| mlp10 on digits, swish, pool 1, batch | 70.0 ± 0.0 at 0.1 | 80.0 ± 0.0 at 0.1 |",
     ]
 
 
@@ -100,7 +100,7 @@ def test_ways_are_set_against_the_same_form_without_them(tmp_path):
     add(results, "nswish", [0.7, 0.7], rule="exact", variation="exact, bounded")  # nothing to set it against
     add(results, "swish", [0.1, 0.1])
     assert ways_table(results).splitlines()[2:] == [
-        "| form | mlp10, swish, pool 1 |",
+        "| form | mlp10 on digits, swish, pool 1 |",
         "| --- | --- |",
         "| mean+center+unit+diff+feature+scale+nu0.1 | -5.0 ± 63.5 |",
     ]

@@ -21,11 +21,13 @@ from anact_jax import Form
 from experiments.studies.grid import Results
 from experiments.studies.intervals import Interval
 from experiments.studies.rivals import DEEP_KERNEL_SHAPING
-from experiments.studies.tables import Runs, Side, Table, arrange
+from experiments.studies.tables import Place, Runs, Side, Table, arrange
 
 ALLOWED_LOSS = 0.003  # accuracy
 WITHIN = 0.01  # of the best: a learning rate that is usable, a form as good as a rival
+MAIN_DATA = "fashion_mnist"
 FEW_FORMS = 6  # tried in a network, up to which it is a row of the second table
+_NORMS = {"batch": "BatchNorm", "layer": "LayerNorm"}
 _Networks = dict[str, dict[str, str]]  # network -> form -> entry
 _HEADER = (
     "| activation | plain | default | difference, 95% | corrected | usable rates | best rival | default - rival |",
@@ -128,7 +130,12 @@ def _tried(results: Results) -> Iterator[tuple[str, Side, str, Table]]:
         for side, column in table.items():
             also = [part for part in (side.norm, place.optimizer) if part not in ("none", "sgd")]
             for activation in column:
-                yield ", ".join([place.model, activation, f"pool {place.pool}", *also]), side, activation, table
+                yield ", ".join([_network(place), activation, f"pool {place.pool}", *also]), side, activation, table
+
+
+def _network(place: Place) -> str:
+    """The model, and the data where they are not those that most was measured on."""
+    return place.model + ("" if place.dataset == MAIN_DATA else f" on {place.dataset}")
 
 
 def _by_form(networks: _Networks) -> list[str]:
@@ -148,7 +155,7 @@ def rows_of(results: Results, form: Form) -> list[Row]:
             if side.form == str(form) and not side.variation:
                 for activation in sorted(column.keys() & table.get(side.plain, {}).keys()):
                     plain = table[side.plain][activation]
-                    network = place.model + ("" if side.norm == "none" else f", {side.norm}")
+                    network = _network(place) + ("" if side.norm == "none" else f", {side.norm}")
                     rivals = _rivals(table, side, activation)
                     rows.append(Row(network, activation, plain, column[activation], rivals))
     return rows
@@ -158,12 +165,14 @@ def _rivals(table: Table, side: Side, activation: str) -> dict[str, Runs]:
     """By name, what a plain activation in the same network would be helped by instead."""
     found: dict[str, Runs] = {}
     for other, column in table.items():
+        known = activation
         if other.form is not None:
             continue
-        shaped = other.variation == DEEP_KERNEL_SHAPING
-        if shaped or other.norm not in ("none", side.norm):
-            known = activation
-            name = "DKS" if shaped else {"batch": "BatchNorm", "layer": "LayerNorm"}.get(other.norm, other.norm)
+        if other.variation:
+            name = {DEEP_KERNEL_SHAPING: "DKS"}.get(other.variation, other.variation)
+            name += "" if other.norm == "none" else f", {_NORMS.get(other.norm, other.norm)}"
+        elif other.norm not in ("none", side.norm):
+            name = _NORMS.get(other.norm, other.norm)
         elif other.norm == "none":
             name, known = ("ReLU, He", "relu") if other.init == "he" else ("SELU", "selu")
         else:

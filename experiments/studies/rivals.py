@@ -163,6 +163,14 @@ def _tempered_batch_norm_behind(recipe: Recipe, layers: Layers, dataset: Dataset
     return layers._replace(act=lambda inference: ThenBatchNorm(fn, inference))
 
 
+def _frozen(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
+    """The form `forward+center+unit`, with the statistics under N(0, 1) instead of the batch's."""
+    fn = ACTIVATIONS[recipe.activation]
+    stats = gaussian_stats(fn)
+    mean, scale = float(stats.mean_out), float(stats.var_out) ** -0.5
+    return layers._replace(act=lambda inference: Plain(lambda x: scale * (fn(x) - mean)))
+
+
 def _normalizer_free(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
     """Kernels standardized, f by its deviation under N(0, 1), branches weighted by 0.2, as in Brock et al."""
     fn = ACTIVATIONS[recipe.activation]
@@ -195,6 +203,7 @@ VARIATIONS: Mapping[str, Callable[[Recipe, Layers, Dataset], Layers]] = MappingP
         "tempered": _tempered,
         "BatchNorm behind": _batch_norm_behind,
         "tempered, BatchNorm behind": _tempered_batch_norm_behind,
+        "frozen": _frozen,
         "normalizer-free": _normalizer_free,
         "magnitude-preserving": _magnitude_preserving,
     }
