@@ -161,12 +161,13 @@ def linen_gains(
     Raises:
         ValueError: there is no such layer, or its form does not use all moments; see `gains_on_batch`.
 
+    >>> from anact_jax import PUBLISHED
     >>> from anact_jax.linen import NSwish
-    >>> model = nn.Sequential([nn.Dense(8), NSwish(use_running_average=True)])
+    >>> model = nn.Sequential([nn.Dense(8), NSwish(form=PUBLISHED, use_running_average=True)])
     >>> variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
-    >>> print(table(linen_gains(variables)))
+    >>> print(table(linen_gains(variables, PUBLISHED)))
     layer     forward  backward  factor  shift  bare forward  bare backward
-    layers_1    0.955      1.05     1.2  0.207         0.707           0.73
+    layers_1    0.969      1.03    1.65      0         0.356          0.379
     """
     layers = linen_layers(variables, form, collection=collection)
     if not layers:
@@ -183,7 +184,7 @@ def nnx_gains(model: nnx.Module) -> tuple[LayerGains, ...]:
     Raises:
         ValueError: as `linen_gains`.
 
-    >>> row, = nnx_gains(anact_jax.nnx.NReLU(form=DEFAULT.replace(nonlinearity=None)))
+    >>> row, = nnx_gains(anact_jax.nnx.NReLU(form="mean+center+unit+feature"))
     >>> round(float(row.forward), 3), round(float(row.factor), 3)
     (0.841, 1.571)
     """

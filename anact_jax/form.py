@@ -42,21 +42,21 @@ class Form:
         ValueError: an option is unknown or out of range.
         TypeError: `feature_axes` are not integers.
 
-    >>> print(Form(rule="forward", nonlinearity=None))
-    forward+center+unit+diff+feature
+    >>> print(Form())
+    forward+center+unit+diff+feature+level0.5
     >>> Form.parse("mean").feature_axes, DEFAULT.replace(feature_axes=(0, -1)).feature_axes
     ((), (0, -1))
     """
 
-    rule: Rule = "mean"
+    rule: Rule = "forward"
     center: bool = True
     reference: Reference = "unit"
-    nonlinearity: float | None = 0.1
+    nonlinearity: float | None = None
     feature_axes: int | Sequence[int] = (-1,)
     stop_gradient: bool = False
     learned: bool = False
     epsilon: float = 1e-6
-    level: float = 1.0
+    level: float = 0.5
 
     def __post_init__(self) -> None:
         for name, known in (("rule", RULES), ("reference", REFERENCES)):
@@ -86,9 +86,9 @@ class Form:
     def moments(self) -> tuple[str, ...]:
         """The fields of `Stats` beside `count` that this form uses: what a step computes, and what state holds.
 
-        >>> PUBLISHED.moments == DEFAULT.moments == ("mean_in", "var_in", "mean_out", "var_out", "slope_sq")
-        True
-        >>> DEFAULT.replace(rule="forward").moments
+        >>> PUBLISHED.moments
+        ('mean_in', 'var_in', 'mean_out', 'var_out', 'slope_sq')
+        >>> DEFAULT.moments
         ('mean_out', 'var_out')
         """
         by_forward_gain_alone = self.rule == "forward" and self.reference == "unit"
@@ -142,7 +142,7 @@ class Form:
             ValueError: the text has a part that is unknown, comes twice, or contradicts another; the message lists
                 what there is.
 
-        >>> Form.parse("mean+center+unit+diff+feature+nu0.1") == DEFAULT
+        >>> Form.parse("forward+center+unit+diff+feature+level0.5") == DEFAULT
         True
         """
         if isinstance(text, Form):
@@ -207,7 +207,7 @@ def check_nonlinearity(limit: float) -> None:
         )
 
 
-PUBLISHED = Form("mean", False, "input", None, (), True)
+PUBLISHED = Form("mean", False, "input", None, (), True, level=1.0)
 """The rule of arXiv 2208.13315, uncentered, one factor a layer."""
 
 DEFAULT = Form()

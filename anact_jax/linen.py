@@ -52,7 +52,7 @@ class ANAct(nn.Module):
     >>> x = jnp.ones((8, 4)) * jnp.arange(8.0)[:, None]
     >>> variables = Net().init(jax.random.key(0), x, train=True)
     >>> sorted(variables["batch_stats"]["NSwish_0"])
-    ['count', 'mean_in', 'mean_out', 'slope_sq', 'var_in', 'var_out']
+    ['count', 'mean_out', 'var_out']
     >>> y, updates = Net().apply(variables, x, train=True, mutable=["batch_stats"])
     >>> updates["batch_stats"]["NSwish_0"]["count"].shape  # statistics of their own for each of 16 channels
     (16,)

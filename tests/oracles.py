@@ -8,6 +8,10 @@ import numpy as np
 _erf = np.vectorize(math.erf)
 
 
+ALL_MOMENTS = "mean+center+unit+diff+feature+nu0.1"
+"""A form that tempers, and uses every moment."""
+
+
 def _sigmoid(x):
     return np.exp(-np.logaddexp(0, -x))
 

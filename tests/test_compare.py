@@ -192,7 +192,7 @@ def test_table_has_plain_beside_normalized(tmp_path):
                 results.add(choice, outcome(0.5))
     ((place, table),) = arrange(results).items()
     assert (place.dataset, place.model) == ("digits", "resnet20")
-    default = "mean+center+unit+diff+feature+nu0.1"
+    default = str(DEFAULT)
     assert list(table)[:2] == [Side("none", "lecun", None), Side("none", "lecun", default)]
     assert markdown_table(table).splitlines() == [
         f"| activation | plain | normalized, {default} | plain, BatchNorm |",

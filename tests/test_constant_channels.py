@@ -5,12 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import ALL_MOMENTS
 
 import anact_jax.nnx
 from anact_jax import DEFAULT, PUBLISHED, Form, anact, initial_stats
 from anact_jax.linen import NSwish
 
-FORWARD = DEFAULT.replace(rule="forward")
+FORWARD = DEFAULT.replace(nonlinearity=0.1, level=1.0)
 DEVIATIONS = jnp.array([10.0**-power for power in range(1, 9)])
 
 
@@ -47,7 +48,7 @@ def test_gradients_of_nearly_constant_channels_stay_near_those_of_batch_norm(mak
 def test_epsilon_does_not_change_input_that_varies(rule):
     x = jnp.sqrt(0.1) * jax.random.normal(jax.random.key(0), (4096, 4)) + jnp.array([[-1.0, 0.0, 1.0, 3.0]])
     x = x * jnp.sqrt(0.1 / jnp.var(x, 0, keepdims=True))
-    form = DEFAULT.replace(rule=rule)
+    form = Form.parse(ALL_MOMENTS).replace(rule=rule)
     with_it, without = (
         anact(jax.nn.swish, x, initial_stats(jax.nn.swish, each, (4,)), each)[0]
         for each in (form, form.replace(epsilon=0.0))

@@ -44,7 +44,7 @@ def test_rows_pair_plain_with_the_form_and_find_rivals(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     add(results, "swish", [0.5, 0.6, 0.7])
     add(results, "nswish", [0.6, 0.7, 0.8])  # the default form
-    add(results, "nswish", [0.9, 0.9, 0.9], rule="forward")  # another one
+    add(results, "nswish", [0.9, 0.9, 0.9], rule="mean")  # another one
     add(results, "swish", [0.7, 0.8, 0.9], variation="Deep Kernel Shaping")
     add(results, "swish", [0.6, 0.6, 0.6], norm="batch")
     add(results, "selu", [0.1, 0.1, 0.1])
@@ -82,10 +82,10 @@ def test_forms_stand_in_rows_where_many_were_tried_and_in_columns_elsewhere(tmp_
     add(results, "nswish", [0.8, 0.8], norm="batch")
     lines = forms_table(results).splitlines()
     assert lines[:3] == ["| form | mlp10 on digits, swish, pool 1 |", "| --- | --- |", "| plain | 50.0 ± 0.0 at 0.1 |"]
-    assert "| forward+center+unit+diff+feature+nu0.1 | 61.0 ± 0.0 at 0.1 |" in lines[3:9]
+    assert "| mean+center+unit+diff+feature+level0.5 | 60.0 ± 0.0 at 0.1 |" in lines[3:9]
     assert lines[9:] == [
         "",
-        "| network | plain | mean+center+unit+diff+feature+nu0.1 |",
+        f"| network | plain | {DEFAULT} |",
         "| --- | --- | --- |",
         "| mlp10 on digits, swish, pool 1, batch | 70.0 ± 0.0 at 0.1 | 80.0 ± 0.0 at 0.1 |",
     ]

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from oracles import ALL_MOMENTS
 
 import anact_jax.linen
 import anact_jax.nnx
 from anact_jax import (
-    DEFAULT,
     PUBLISHED,
     Form,
     Stats,
@@ -234,10 +234,10 @@ def test_linen_gains_after_a_batch_are_those_of_that_batch(form):
 
 
 def test_nnx_gains_are_linen_s():
-    form = DEFAULT.replace(rule="geometric", learned=True)
+    form = Form.parse(ALL_MOMENTS).replace(rule="geometric", learned=True)
     act = anact_jax.nnx.NSwish(features=5, form=form)
     act.alpha[...] += 0.2
-    model = nnx.Sequential(anact_jax.nnx.NSwish(features=5), act)
+    model = nnx.Sequential(anact_jax.nnx.NSwish(features=5, form=ALL_MOMENTS), act)
     act(X.reshape(-1, 12)[:, :5], use_running_average=False)
     state = {field: getattr(act, field)[...] for field in Stats._fields}
     gains_in_form = jax.jit(functools.partial(linen_gains, form=form))

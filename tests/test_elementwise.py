@@ -71,7 +71,7 @@ def by_hand(f, x, form):
 def test_learned_slope_has_the_gradient_of_the_formula_and_of_finite_differences(way, rule):
     f = leaky if way == "custom_jvp closure" else swish
     with jax.enable_x64(True):
-        x, form = jnp.asarray(X, jnp.float64), DEFAULT.replace(rule=rule, epsilon=1e-3)
+        x, form = jnp.asarray(X, jnp.float64), DEFAULT.replace(rule=rule, nonlinearity=0.1, level=1.0, epsilon=1e-3)
 
         def ours(slope, x):
             g = WAYS[way](f, slope)
@@ -94,7 +94,7 @@ def test_learned_slope_has_the_gradient_of_the_formula_and_of_finite_differences
 
 
 def test_modules_as_activations_learn():
-    form = DEFAULT.replace(nonlinearity=None)
+    form = DEFAULT.replace(level=1.0)
     layer = anact_jax.nnx.ANAct(nnx.PReLU(), 6, form=form, use_running_average=False)
     gradient = nnx.grad(lambda layer: jnp.sum(jnp.sin(layer(X))))(layer)
     model = anact_jax.linen.ANAct(nn.PReLU(), form=form, use_running_average=False)

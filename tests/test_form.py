@@ -61,14 +61,14 @@ def test_text_says_all_options(options):
     ],
 )
 def test_text_keeps_its_meaning_whatever_the_default(text, options):
-    bare = Form("mean", False, "input", None, (), True, False, 1e-6)
+    bare = Form("mean", False, "input", None, (), True, False, 1e-6, 1.0)
     assert Form.parse(text) == dataclasses.replace(bare, **options)
 
 
 def test_names_are_input_only():
     assert Form.parse("published") is PUBLISHED
     assert Form.parse("default") is DEFAULT
-    assert (str(PUBLISHED), str(DEFAULT)) == ("mean", "mean+center+unit+diff+feature+nu0.1")
+    assert (str(PUBLISHED), str(DEFAULT)) == ("mean", "forward+center+unit+diff+feature+level0.5")
     assert Form() == DEFAULT
 
 
@@ -128,7 +128,7 @@ def test_level_multiplies_the_factor_alone(text):
     form = Form.parse(name).replace(learned=bool(learned))
     alpha = jnp.float32(0.4) if learned else None
     stats = gaussian_stats(jax.nn.softplus, mean=0.3, std=1.7)
-    factor, shift = normalization(stats, form, alpha=alpha)
+    factor, shift = normalization(stats, form.replace(level=1.0), alpha=alpha)
     half = normalization(stats, form.replace(level=0.5), alpha=alpha)
     chex.assert_trees_all_close(half, Normalization(0.5 * factor, shift), rtol=1e-6)
 

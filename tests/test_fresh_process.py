@@ -13,17 +13,18 @@ import jax, jax.numpy as jnp
 from anact_jax import anact, gaussian_stats
 from anact_jax.statistics import Stats
 jax.config.update("jax_num_cpu_devices", 8)
+form = "mean+center+unit+diff+feature"
 mesh = jax.make_mesh((8,), ("data",))
 spec = jax.sharding.PartitionSpec
 def loss(x, running):
-    y, new = anact(jax.nn.gelu, x, running, axis_name="data")
+    y, new = anact(jax.nn.gelu, x, running, form, axis_name="data")
     return jax.lax.psum(jnp.sum(jnp.sin(y)), "data"), new
 with jax.set_mesh(mesh):
     running = Stats(*(jnp.full(4, value) for value in (3.0, 0.0, 1.0, 0.3, 0.3, 0.5)))
     x = jax.device_put(jax.random.normal(jax.random.key(0), (64, 4)), jax.NamedSharding(mesh, spec("data")))
     specs = {"in_specs": (spec("data"), spec()), "out_specs": (spec(), spec())}
     total, new = jax.jit(jax.shard_map(loss, **specs))(x, running)
-y, expected = anact(jax.nn.gelu, jnp.asarray(jax.device_get(x)), jax.device_get(running))
+y, expected = anact(jax.nn.gelu, jnp.asarray(jax.device_get(x)), jax.device_get(running), form)
 print(max(float(abs(a - b).max()) for a, b in zip(jax.device_get(new), jax.device_get(expected))) < 1e-5)
 print(abs(float(total) - float(jnp.sum(jnp.sin(y)))) < 1e-3)
 """

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from oracles import ALL_MOMENTS
 
 import anact_jax.linen
 from anact_jax import ACTIVATIONS, DEFAULT, PUBLISHED, Form, Stats, anact, gaussian_stats, restored, tempered
@@ -352,7 +353,9 @@ def test_traced_momentum_gives_the_state_of_the_number():
         return variables
 
     chex.assert_trees_all_close(jax.jit(two_steps)(0.3), two_steps(0.3), rtol=1e-5)
-    assert not np.allclose(two_steps(0.3)["batch_stats"]["var_in"], two_steps(0.9)["batch_stats"]["var_in"], rtol=0.01)
+    assert not np.allclose(
+        two_steps(0.3)["batch_stats"]["var_out"], two_steps(0.9)["batch_stats"]["var_out"], rtol=0.01
+    )
 
 
 def test_mode_given_nowhere_is_an_error_that_names_layer_and_option():
@@ -384,7 +387,7 @@ def test_one_layer_at_two_widths_is_an_error():
 
 @pytest.mark.parametrize("use_running_average", [False, True])
 def test_state_without_a_moment_is_an_error_that_names_form_and_remedy(use_running_average):
-    layer = anact_jax.linen.NSwish(use_running_average=use_running_average)
+    layer = anact_jax.linen.NSwish(use_running_average=use_running_average, form=ALL_MOMENTS)
     saved = anact_jax.linen.NSwish(form=FORWARD, use_running_average=True).init(jax.random.key(0), X)
     message = r"NSwish has no mean_in, var_in, slope_sq in .*form mean\+center\+unit.*anact_jax\.restored\("
     with pytest.raises(ValueError, match=message):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import ALL_MOMENTS
 
-from anact_jax import DEFAULT
+from anact_jax import Form
 from anact_jax.linen import NSwish
 
 SEQUENCES = 1.0 + 2.0 * jax.random.normal(jax.random.key(0), (6, 5, 4))
@@ -34,7 +35,7 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_any_broadcastable_mask(name, dtype, feature_axes):
     x, mask = MASKS[name]
-    form = DEFAULT.replace(feature_axes=feature_axes)
+    form = Form.parse(ALL_MOMENTS).replace(feature_axes=feature_axes)
     layer = NSwish(use_running_average=False, form=form)
     variables = layer.init(jax.random.key(0), x)
     y, updates = layer.apply(variables, x, mask=jnp.asarray(mask.astype(dtype)), mutable=["batch_stats"])

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from oracles import ALL_MOMENTS
 
 import anact_jax.nnx
 from anact_jax import ACTIVATIONS, DEFAULT, Form, Stats, anact, initial_stats, normalization, tempered
@@ -104,7 +105,7 @@ def test_skipped_steps_of_loss_scaling_do_not_poison_the_state(poison):
 def test_double_precision_is_double_throughout():
     with jax.enable_x64(True):
         x = 1.0 + 3.0 * jax.random.normal(jax.random.key(0), (1000, 4), jnp.float64)
-        layer = NSwish(use_running_average=False, form=DEFAULT.replace(epsilon=0.0))
+        layer = NSwish(use_running_average=False, form=Form.parse(ALL_MOMENTS).replace(epsilon=0.0))
         variables = layer.init(jax.random.key(1), x)
         y, updates = layer.apply(variables, x, mutable=["batch_stats"])
         chex.assert_trees_all_equal_dtypes(updates["batch_stats"], variables["batch_stats"])

@@ -66,7 +66,8 @@ def test_each_rival_holds_the_signal_and_trains(model, variation):
         variation in KEEPS and model == "resmlp16"
     ):  # ResNet-20 has an activation behind each sum, which those know nothing of
         assert 0.05 < float(jnp.std(logits)) < 20
-    after, _ = jax.jit(loss)(jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], gradient))
+    rate = 1e-3 / optax.tree.norm(gradient)
+    after, _ = jax.jit(loss)(jax.tree.map(lambda p, g: p - rate * g, variables["params"], gradient))
     assert float(after) < float(before)
 
 

@@ -17,7 +17,7 @@ import scipy.stats
 import tyro
 from jaxtyping import Float
 
-from anact_jax import Form
+from anact_jax import DEFAULT, Form
 from experiments.studies.grid import Results
 from experiments.studies.intervals import Interval
 from experiments.studies.rivals import DEEP_KERNEL_SHAPING
@@ -51,7 +51,7 @@ class Config:
     """folder with results.jsonl of the forms that were tried"""
     workdir: Path = Path("experiments/results/verdict")
     """folder with results.jsonl of the verdict"""
-    form: str = "mean+center+unit+diff+feature+nu0.1"
+    form: str = str(DEFAULT)
     """the form that is judged"""
 
 
