@@ -52,12 +52,13 @@ class Config(Settings):
     forms: Annotated[tuple[str, ...], arg(help="plain, published, default, or options as in mean+center+unit")] = (
         "plain",
         "mean",
-        "mean+center",
-        "mean+center+unit",
-        "mean+center+unit+diff",
-        "mean+center+unit+diff+feature",
-        "mean+center+unit+feature+nu0.1",
-        "mean+center+unit+diff+feature+nu0.1",
+        "forward+center",
+        "forward+center+unit",
+        "forward+center+unit+diff",
+        "forward+center+unit+diff+feature",
+        "forward+center+unit+feature+level0.5",
+        "forward+center+unit+diff+feature+level0.5",
+        "forward+center+unit+diff+feature+nu0.1+level0.5",
     )
     model: Annotated[str, arg(help="one of " + ", ".join(CHAINS))] = "mlp30"
     epochs: int = 45
