@@ -12,10 +12,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from oracles import ALL_MOMENTS
 
 import anact_jax.linen
 import anact_jax.nnx
-from anact_jax import DEFAULT, PUBLISHED, Normalization, gaussian_stats, normalization, normalize
+from anact_jax import DEFAULT, PUBLISHED, Form, Normalization, gaussian_stats, normalization, normalize
 from anact_jax.export import as_function, constants, fold
 
 IMAGES = 0.5 + 2 * jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
@@ -24,7 +25,7 @@ FORMS = {
     "default": DEFAULT,
     "published": PUBLISHED,
     "exact": DEFAULT.replace(rule="exact", learned=True),
-    "forward": DEFAULT.replace(rule="forward"),
+    "tempered": Form.parse(ALL_MOMENTS),
 }
 
 conv = functools.partial(nn.Conv, kernel_size=(3, 3))
@@ -89,7 +90,7 @@ def bound(act, variables, name):
         ("same", "default"),
         ("same", "published"),
         ("valid", "exact"),
-        ("circular", "default"),
+        ("circular", "tempered"),
         ("depthwise", "published"),
         ("pointwise", "exact"),
     ],
@@ -256,7 +257,7 @@ def test_a_linen_layer_without_variables_is_told_how():
         as_function(layer.copy(form=form.replace(learned=False)).bind({"batch_stats": stacked}))
 
 
-FEW_AND_ALL = [DEFAULT.replace(rule="forward"), DEFAULT.replace(rule="backward", reference="input"), DEFAULT]
+FEW_AND_ALL = [DEFAULT, DEFAULT.replace(rule="backward", reference="input"), Form.parse(ALL_MOMENTS)]
 
 
 @pytest.mark.parametrize("form", FEW_AND_ALL, ids=str)

@@ -34,7 +34,7 @@ def test_snippets_run(snippet):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("word", "low", "high"), [("swish", 0.0, 0.2), ("NSwish", 0.9, 1.0), ("NReLU", 0.9, 1.0)])
+@pytest.mark.parametrize(("word", "low", "high"), [("swish", 0.0, 0.2), ("NSwish", 0.9, 1.0), ("NReLU", 0.8, 1.0)])
 def test_thirty_layers_learn_only_when_normalized(word, low, high):
     run = subprocess.run([sys.executable, str(SCRIPT), word], capture_output=True, text=True, check=True)
     accuracy = float(re.search(rf"{word}: test accuracy ([0-9.]+)", run.stdout)[1])
