@@ -49,7 +49,17 @@ def test_deep_kernel_shaping_counts_shortcuts_by_their_weight():
 KEEPS = ["normalizer-free", "magnitude-preserving", "BatchNorm behind", "tempered, BatchNorm behind"]
 
 
-@pytest.mark.parametrize("variation", [*KEEPS, "tempered", "frozen", DEEP_KERNEL_SHAPING])
+@pytest.mark.parametrize(
+    "variation",
+    [
+        "normalizer-free",
+        "tempered, BatchNorm behind",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("magnitude-preserving", "BatchNorm behind", "tempered", "frozen", DEEP_KERNEL_SHAPING)
+        ),
+    ],
+)
 @pytest.mark.parametrize("model", ["resmlp16", pytest.param("resnet20", marks=pytest.mark.slow)])
 def test_each_rival_holds_the_signal_and_trains(model, variation):
     recipe = Recipe(model=model, activation="softplus", norm="batch" if variation == "tempered" else "none")
