@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 from anact_jax.elementwise import Activation, Constants, ExplicitActivation, traced, value_and_slope, wide_dtype
-from anact_jax.kernels import on_one_device, sums
+from anact_jax.kernels import at_hand, sums
 
 
 class Stats(NamedTuple):
@@ -325,7 +325,7 @@ def _first_few(x: Array, reduced: tuple[int, ...]) -> Array | None:
 
     Sums lose digits only where these are many deviations away from the rest.
     """
-    if not reduced or not on_one_device(x) or not all(isinstance(size, int) and size for size in x.shape):
+    if not (reduced and at_hand(x) and x.size):
         return None
     first, *others = reduced
     few = jax.lax.slice_in_dim(x, 0, min(_FEW, x.shape[first]), axis=first)

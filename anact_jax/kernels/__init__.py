@@ -51,18 +51,18 @@ def scaling(x: Array, feature_axes: tuple[int, ...]) -> Callable[..., Array]:
     return cpu.scaled if _for_cpu(x, feature_axes) else cpu.formula
 
 
-def on_one_device(x: Array) -> bool:
-    """Whether all of x that this computation sees is on one device, as far as its type says."""
+def at_hand(x: Array) -> bool:
+    """Whether all of x that this computation sees is on one device, as far as its type says, with known sizes."""
     mesh = jax.typeof(x).sharding.mesh
-    return mesh.empty or mesh.size == 1 or all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+    local = mesh.empty or mesh.size == 1 or all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+    return local and all(isinstance(size, int) for size in x.shape)
 
 
 def _for_cpu(x: Array, feature_axes: tuple[int, ...]) -> bool:
     """Whether the ways for a CPU may be taken, where the program runs on one.
 
-    They reshape, so that x must be on one device, with known sizes; and they loop, which is compiled anew at each call
-    unless the whole computation is compiled.
+    They reshape, so that x must be at hand; and they loop, which is compiled anew at each call unless the whole
+    computation is compiled.
     """
     compiled = isinstance(jax.lax.full((), 0.0), jax.core.Tracer)
-    known = all(isinstance(size, int) for size in x.shape)
-    return on_one_device(x) and compiled and known and cpu.worthwhile(x, feature_axes)
+    return at_hand(x) and compiled and cpu.worthwhile(x, feature_axes)

@@ -29,8 +29,7 @@ def sums(
     """`anact_jax.kernels.sums`, part by part of the batch: each part is read once."""
     first, last = x.shape[0] if x.ndim > 2 else 1, x.shape[-1]
     middle = x.size // (first * last)
-    largest = min(middle, max(1, _IN_CACHE // (first * last)))
-    width = next(size for size in range(largest, 0, -1) if middle % size == 0)
+    width = _divisor(middle, max(1, _IN_CACHE // (first * last)))
     shape = (first, middle // width, width, last)
     mask = None if mask is None else jnp.broadcast_to(mask, x.shape).reshape(shape)
     x, about = x.reshape(shape), tuple(value.reshape(1, 1, -1) for value in about)
@@ -91,8 +90,13 @@ def _other_shape(shape: tuple[int, ...], shared: int, batch: tuple[int, ...]) ->
     """The shape, for an array that goes with a batch, with its `shared` first axes as one, or one axis as two."""
     if shared > 1:
         return (math.prod(shape[:shared]), *shape[shared:])
-    parts = next(parts for parts in range(min(64, batch[0]), 0, -1) if batch[0] % parts == 0)
+    parts = _divisor(batch[0], 64)
     return (parts, shape[0] // parts, *shape[1:]) if shape[0] == batch[0] else (1, *shape)
+
+
+def _divisor(size: int, at_most: int) -> int:
+    """The largest divisor of a size up to a limit."""
+    return next(part for part in range(min(size, at_most), 0, -1) if size % part == 0)
 
 
 def _computed_once(y: Array) -> Array:

@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from experiments.benchmarks import operation, training_step
-from experiments.benchmarks.measuring import Spread, ratios, seconds
+from experiments.benchmarks.measuring import BATCH_NORM, PLAIN, Spread, ratios, seconds
 from experiments.networks import check_name
 
 SHAPES = ((128, 512), (8192, 512), (64, 32, 32, 64), (256, 56, 56, 64))
@@ -101,20 +101,19 @@ def measure_operation(shape: tuple[int, ...], dtype: str, repeats: int) -> list[
     x = jax.random.normal(jax.random.key(0), shape, jnp.dtype(dtype))
     copy = jax.jit(lambda x: -x)
     taken = seconds({_COPY: lambda: copy(x)} | programs, repeats)
-    of_copying = {name: passes / 2 for name, passes in operation.PASSES.items()}
-    copying = {name: Spread.of(of_copying[name] * np.divide(taken[_COPY], taken[name])) for name in programs}
+    copying = taken.pop(_COPY)  # two passes
+    of_batch_norm = ratios(taken, BATCH_NORM)
     return [
         {
             "what": f"{'x'.join(map(str, shape))} {dtype}",
             "case": name,
             "ratio": ratio,
-            "of BatchNorm": ratios(taken, operation.BATCH_NORM)[name],
-            "of copying": copying[name].median,
+            "of BatchNorm": of_batch_norm[name],
+            "of copying": Spread.of(operation.PASSES[name] / 2 * np.divide(copying, taken[name])).median,
             "ms": 1e3 * Spread.of(taken[name]).median,
             "saved MB": operation.residual_bytes(operation.LAYERS[name], shape, jnp.dtype(dtype)) / 1e6,
         }
-        for name, ratio in ratios(taken, operation.PLAIN).items()
-        if name in programs
+        for name, ratio in ratios(taken, PLAIN).items()
     ]
 
 
@@ -123,18 +122,19 @@ def measure_training_step(network: str, repeats: int) -> list[dict[str, Any]]:
     chosen = training_step.NETWORKS[network]
     programs = {side: training_step.compiled(chosen, side) for side in training_step.SIDES}
     taken = seconds({side: program.call for side, program in programs.items()}, repeats)
+    of_batch_norm = ratios(taken, BATCH_NORM)
     return [
         {
             "what": str(chosen),
             "case": side,
             "ratio": ratio,
-            "of BatchNorm": ratios(taken, training_step.BATCH_NORM)[side],
+            "of BatchNorm": of_batch_norm[side],
             "ms": 1e3 * Spread.of(taken[side]).median,
             "temporary MB": programs[side].temporary_bytes / 1e6,
             "trace s": programs[side].trace,
             "compile s": programs[side].compile,
         }
-        for side, ratio in ratios(taken, training_step.PLAIN).items()
+        for side, ratio in ratios(taken, PLAIN).items()
     ]
 
 
@@ -155,7 +155,7 @@ def overview(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _told(found: dict[tuple[str, str], dict[str, Any]], place: str, case: str, measure: str) -> str:
-    row, plain = found[place, case], found[place, operation.PLAIN]
+    row, plain = found[place, case], found[place, PLAIN]
     if measure == "ratio" and row is plain:
         return f"{1e-3 * row['ms']:.2g} s"
     if isinstance(row[measure], list | tuple):  # quartiles

@@ -10,6 +10,8 @@ import numpy as np
 from experiments.data import Dataset
 from experiments.data.sets import Arrays
 
+PLAIN, BATCH_NORM = "swish", "BatchNorm, swish"
+
 
 class Spread(NamedTuple):
     """Quartiles of repeated measurements."""

@@ -11,9 +11,8 @@ from jaxtyping import Array
 
 from anact_jax import DEFAULT
 from anact_jax.linen import NSwish
+from experiments.benchmarks.measuring import BATCH_NORM, PLAIN
 from experiments.networks.layers import Plain
-
-PLAIN, BATCH_NORM = "swish", "BatchNorm, swish"
 
 
 class Normalized(nn.Module):

@@ -10,13 +10,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from anact_jax import DEFAULT
-from experiments.benchmarks.measuring import random_images
+from experiments.benchmarks.measuring import BATCH_NORM, PLAIN, random_images
 from experiments.config import Experiment
 from experiments.data import Batch
 from experiments.networks.build import make_network
 from experiments.training.steps import make_steps
-
-PLAIN, BATCH_NORM = "swish", "BatchNorm, swish"
 
 SIDES: Mapping[str, dict[str, Any]] = {
     PLAIN: {"activation": "swish", "norm": "none"},

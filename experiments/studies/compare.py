@@ -111,7 +111,7 @@ def main() -> int:
     try:
         for number, side in enumerate(sides, start=1):
             recipe = side.recipe
-            which = side.variation or (recipe.form if ActivationName.parse(recipe.activation).normalized else "plain")
+            which = side.variation or side.settings["form"] or "plain"
             named = f"{number}/{len(sides)} {recipe.model} {recipe.norm} {recipe.activation}, {which}:"
             print(named, end=" ", flush=True)
             print(compare_side(side, config, results))

@@ -21,13 +21,12 @@ from anact_jax import DEFAULT, Form
 from experiments.studies.grid import Results
 from experiments.studies.intervals import Interval
 from experiments.studies.rivals import DEEP_KERNEL_SHAPING
-from experiments.studies.tables import Place, Runs, Side, Table, arrange
+from experiments.studies.tables import NORM_NAMES, Place, Runs, Side, Table, arrange
 
 ALLOWED_LOSS = 0.003  # accuracy
 WITHIN = 0.01  # of the best: a learning rate that is usable, a form as good as a rival
 MAIN_DATA = "fashion_mnist"
 FEW_FORMS = 6  # tried in a network, up to which it is a row of the second table
-_NORMS = {"batch": "BatchNorm", "layer": "LayerNorm"}
 _Networks = dict[str, dict[str, str]]  # network -> form -> entry
 _HEADER = (
     "| activation | plain | default | difference, 95% | corrected | usable rates | best rival | default - rival |",
@@ -170,9 +169,9 @@ def _rivals(table: Table, side: Side, activation: str) -> dict[str, Runs]:
             continue
         if other.variation:
             name = {DEEP_KERNEL_SHAPING: "DKS"}.get(other.variation, other.variation)
-            name += "" if other.norm == "none" else f", {_NORMS.get(other.norm, other.norm)}"
+            name += "" if other.norm == "none" else f", {NORM_NAMES[other.norm]}"
         elif other.norm not in ("none", side.norm):
-            name = _NORMS.get(other.norm, other.norm)
+            name = NORM_NAMES[other.norm]
         elif other.norm == "none":
             name, known = ("ReLU, He", "relu") if other.init == "he" else ("SELU", "selu")
         else:

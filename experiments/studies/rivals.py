@@ -1,5 +1,6 @@
 """What a plain activation could be helped by instead: other places for BatchNorm, and networks that need none."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +14,8 @@ import numpy as np
 from dks.base.activation_transform import get_transformed_activations
 from jaxtyping import Array, Float
 
-from anact_jax import ACTIVATIONS, Activation, gaussian_stats, tempered
+from anact_jax import ACTIVATIONS, Activation, gaussian_stats, normalization, tempered
+from anact_jax.linen import ANAct
 from experiments.config import Recipe
 from experiments.data import Dataset
 from experiments.networks import Join, Layers, Plain, on_each
@@ -82,19 +84,6 @@ def depth_of(model: nn.Module, dataset: Dataset) -> Depth:
     return Depth(sum(isinstance(module, Plain) for module in found) - sum(branches), branches)
 
 
-class ThenBatchNorm(nn.Module):
-    """BatchNorm(fn(x)): the activation first."""
-
-    fn: Activation
-    use_running_average: bool
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The layer's output."""
-        y: Array = nn.BatchNorm(use_running_average=self.use_running_average, momentum=0.9)(self.fn(x))
-        return y
-
-
 class UnitKernel(nn.Module):
     """A dense layer, or a convolution, whose kernel has the norm `gain` for each unit, whatever was learned.
 
@@ -153,28 +142,23 @@ def _tempered(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
     return layers._replace(act=lambda inference: Plain(fn))
 
 
-def _batch_norm_behind(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
-    fn = ACTIVATIONS[recipe.activation]
-    return layers._replace(act=lambda inference: ThenBatchNorm(fn, inference))
-
-
-def _tempered_batch_norm_behind(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
-    fn = tempered(ACTIVATIONS[recipe.activation], TEMPERED_TO)
-    return layers._replace(act=lambda inference: ThenBatchNorm(fn, inference))
+def _batch_norm_behind(recipe: Recipe, layers: Layers, dataset: Dataset, limit: float | None = None) -> Layers:
+    """BatchNorm(f(x)), f tempered to a limit of its nonlinearity."""
+    fn = tempered(ACTIVATIONS[recipe.activation], limit)
+    norm = layers_of(dataclasses.replace(recipe, norm="batch")).norm
+    return layers._replace(act=lambda inference: nn.Sequential([Plain(fn), norm(inference)]))
 
 
 def _frozen(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
     """The form `forward+center+unit`, with the statistics under N(0, 1) instead of the batch's."""
-    fn = ACTIVATIONS[recipe.activation]
-    stats = gaussian_stats(fn)
-    mean, scale = float(stats.mean_out), float(stats.var_out) ** -0.5
-    return layers._replace(act=lambda inference: Plain(lambda x: scale * (fn(x) - mean)))
+    frozen = ANAct(ACTIVATIONS[recipe.activation], form="forward+center+unit", use_running_average=True)
+    return layers._replace(act=lambda inference: frozen.copy())
 
 
 def _normalizer_free(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
     """Kernels standardized, f by its deviation under N(0, 1), branches weighted by 0.2, as in Brock et al."""
     fn = ACTIVATIONS[recipe.activation]
-    scale = float(gaussian_stats(fn).var_out) ** -0.5
+    scale = normalization(gaussian_stats(fn), "forward+center+unit").factor
     return layers._replace(
         conv=UnitKernel,
         dense=UnitKernel,
@@ -186,8 +170,7 @@ def _normalizer_free(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers
 def _magnitude_preserving(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
     """Kernels of unit norm, f by its mean square under N(0, 1), sums that keep the variance, as in EDM2."""
     fn = ACTIVATIONS[recipe.activation]
-    stats = gaussian_stats(fn)
-    scale = float(stats.var_out + stats.mean_out**2) ** -0.5
+    scale = normalization(gaussian_stats(fn), "forward+unit").factor
     part = math.hypot(0.7, 0.3)
     return layers._replace(
         conv=functools.partial(UnitKernel, center=False),
@@ -202,7 +185,7 @@ VARIATIONS: Mapping[str, Callable[[Recipe, Layers, Dataset], Layers]] = MappingP
         DEEP_KERNEL_SHAPING: _shaped,
         "tempered": _tempered,
         "BatchNorm behind": _batch_norm_behind,
-        "tempered, BatchNorm behind": _tempered_batch_norm_behind,
+        "tempered, BatchNorm behind": functools.partial(_batch_norm_behind, limit=TEMPERED_TO),
         "frozen": _frozen,
         "normalizer-free": _normalizer_free,
         "magnitude-preserving": _magnitude_preserving,

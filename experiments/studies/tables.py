@@ -9,6 +9,8 @@ from experiments.networks import ActivationName
 from experiments.studies.grid import Outcome, Results
 from experiments.studies.intervals import Interval
 
+NORM_NAMES = {"batch": "BatchNorm", "group": "GroupNorm", "layer": "LayerNorm"}
+
 
 class Place(NamedTuple):
     """What a table is about: all sides in it differ only in what follows."""
@@ -55,7 +57,7 @@ class Side(NamedTuple):
 
     def __str__(self) -> str:
         activation = f"normalized, {self.label}" if self.form else self.label or "plain"
-        norm = {"none": "", "batch": ", BatchNorm", "group": ", GroupNorm", "layer": ", LayerNorm"}[self.norm]
+        norm = "" if self.norm == "none" else f", {NORM_NAMES[self.norm]}"
         return activation + norm + ("" if self.init == "lecun" else f", {self.init} init")
 
 
