@@ -162,9 +162,9 @@ class Leaky:
 
 
 def _leak(f: Activation, limit: float) -> Float[Array, ""]:
-    x, y, slope, expectation = under_normal(f)
+    z, y, slope, expectation = under_normal(f)
     off_mean = y - expectation(y)
-    rho, slope_sq, mean_slope = expectation(off_mean**2), expectation(slope**2), expectation(off_mean * x)
+    rho, slope_sq, mean_slope = expectation(off_mean**2), expectation(slope**2), expectation(off_mean * z)
     excess = slope_sq / limit - (1 + 1 / limit) * rho
     kappa = jnp.sqrt(mean_slope**2 + jnp.maximum(excess, 0)) - jnp.abs(mean_slope)
     return jnp.where((excess > 0) & (rho > 0), jnp.where(mean_slope < 0, -kappa, kappa), 0)

@@ -1,4 +1,4 @@
-"""Flax Linen modules: read state, call `anact_jax.anact`, write state."""
+"""Flax Linen modules: they read state, call a pure function of `anact_jax`, and write state."""
 
 import dataclasses
 from collections.abc import Hashable, Sequence
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Shaped
 
 from anact_jax import activations
 from anact_jax.activations import tempered
+from anact_jax.closed import BEHIND_BATCH_NORM, applied_behind, check_closed
 from anact_jax.elementwise import Activation
 from anact_jax.form import DEFAULT, Form
 from anact_jax.running import check_momentum
@@ -102,7 +103,7 @@ class ANAct(nn.Module):
         features = tuple(x.shape[axis] for axis in canonical_axes(form.axes, x.ndim))
         if not self.is_initializing():
             self._check_state(("count", *form.moments), update)
-        f = self._function(x)
+        f = function_of(self, x)
         state = self._variables(f, form, features)
         alpha = self.param("alpha", nn.initializers.zeros, features) if form.learned else None
 
@@ -129,7 +130,7 @@ class ANAct(nn.Module):
     @property
     def activation(self) -> Activation:
         """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
-        return tempered(self._function(), Form.parse(self.form).nonlinearity)
+        return tempered(function_of(self), Form.parse(self.form).nonlinearity)
 
     @property
     def _where(self) -> str:
@@ -137,15 +138,6 @@ class ANAct(nn.Module):
         name = type(self).__name__
         path = "/".join(self.path) if self.scope is not None else ""
         return f"{name} {path!r}" if path else name
-
-    def _function(self, x: Array | None = None) -> Activation:
-        """`fn`; of a Linen module, what it computes with its parameters."""
-        if not isinstance(self.fn, nn.Module):
-            return self.fn
-        if self.is_initializing() and x is not None:
-            self.fn(x)  # makes its parameters
-        fn, variables = self.fn.unbind()
-        return lambda x: fn.apply(variables, x)  # type: ignore[return-value]
 
     def _mode(self, called_with: bool | None) -> bool:
         mode = self.use_running_average
@@ -193,6 +185,80 @@ class ANAct(nn.Module):
                 f"{self._where} has no {', '.join(missing)} in collection {name!r}, which form {self.form} uses; "
                 "anact_jax.restored(saved, fresh, start_anew=True) starts them anew"
             )
+
+
+class BatchNormAct(nn.BatchNorm):
+    """`nn.BatchNorm` and a normalized activation behind it, as one layer that measures nothing but BatchNorm's own.
+
+    What BatchNorm gives out has in each channel the mean beta (its `bias`) and the deviation
+    `|gamma| sqrt(v / (v + epsilon))` (gamma its `scale`, v its running variance), so that factor and shift of
+    `lambda * (f(x) - c)` follow from parameters: see `anact_jax.closed_normalization`. They follow training, and are the
+    same in training and inference.
+
+    It takes all that `nn.BatchNorm` takes, and holds the same parameters and statistics under the same names: a
+    checkpoint of BatchNorm loads into a layer of the same name. Behind LayerNorm or GroupNorm nothing is known of a
+    channel; use `ANAct` there.
+
+    Attributes:
+        fn: as in `ANAct`.
+        form: a `Form` or its text. `feature_axes` are those of BatchNorm's `axis`, or `()` for one factor a layer;
+            `"unit"` needs `()`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> layer, x = BatchNormAct(fn=jax.nn.relu, use_running_average=False), jnp.ones((8, 4)) * jnp.arange(8.0)[:, None]
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> sorted(variables["params"]), sorted(variables["batch_stats"])
+    (['bias', 'scale'], ['mean', 'var'])
+    >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    """
+
+    fn: Activation = activations.swish
+    form: Form | str = BEHIND_BATCH_NORM
+
+    def __post_init__(self) -> None:
+        check_activation(self.fn, type(self).__name__)
+        object.__setattr__(self, "form", Form.parse(self.form))
+        check_closed(Form.parse(self.form))
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "*shape"],
+        use_running_average: bool | None = None,
+        *,
+        mask: Shaped[Array, "..."] | None = None,
+    ) -> Float[Array, "*shape"]:
+        """Normalized activation of BatchNorm(x), in x's shape; the arguments are those of `nn.BatchNorm`."""
+        y = super().__call__(x, use_running_average, mask=mask)
+        form = Form.parse(self.form)
+        features = self.get_variable("batch_stats", "var").shape if form.axes else ()
+        return applied_behind(
+            function_of(self, y),
+            y,
+            self.axis,
+            scale=self.get_variable("params", "scale") if self.use_scale else None,
+            bias=self.get_variable("params", "bias") if self.use_bias else None,
+            variance=self.get_variable("batch_stats", "var"),
+            epsilon=self.epsilon,
+            form=form,
+            alpha=self.param("alpha", nn.initializers.zeros, features) if form.learned else None,
+        )
+
+    @property
+    def activation(self) -> Activation:
+        """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
+        return tempered(function_of(self), Form.parse(self.form).nonlinearity)
+
+
+def function_of(layer: ANAct | BatchNormAct, x: Array | None = None) -> Activation:
+    """A layer's `fn`; of a Linen module, what it computes with its parameters, which `init` makes for this x."""
+    if not isinstance(layer.fn, nn.Module):
+        return layer.fn
+    if layer.is_initializing() and x is not None:
+        layer.fn(x)
+    fn, variables = layer.fn.unbind()
+    return lambda x: fn.apply(variables, x)  # type: ignore[return-value]
 
 
 class NReLU(ANAct):

@@ -25,11 +25,11 @@ class PlainCNN(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch classes"]:
         """Logits."""
-        conv, norm, act = self.layers.in_mode(train)
+        conv, make = self.layers.conv, self.layers.in_mode(train)
         for layer in range(self.depth):
             stage, position = divmod(layer, self.depth // 3)
             strides = 2 if stage > 0 and position == 0 else 1
-            x = act()(norm()(conv(self.features * 2**stage, (3, 3), strides)(x)))
+            x = make.norm_act()(conv(self.features * 2**stage, (3, 3), strides)(x))
         return nn.Dense(self.classes)(jnp.mean(x, axis=(1, 2)))
 
 
@@ -55,16 +55,16 @@ class VGG(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch classes"]:
         """Logits."""
-        conv, norm, act = self.layers.in_mode(train)
+        conv, make = self.layers.conv, self.layers.in_mode(train)
         for multiple, convolutions in zip((1, 2, 4, 8, 8), self.stage_sizes, strict=True):
             for _ in range(convolutions):
-                x = act()(norm()(conv(multiple * self.features, (3, 3))(x)))
+                x = make.norm_act()(conv(multiple * self.features, (3, 3))(x))
             if min(x.shape[1:3]) > 1:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
         if self.stem == "imagenet":
             x = x.reshape(x.shape[0], -1)
             for _ in range(2):
-                x = act()(self.layers.dense(4096)(x))
+                x = make.act()(self.layers.dense(4096)(x))
         else:
             x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.classes)(x)

@@ -37,6 +37,8 @@ class Layers(NamedTuple):
         norm: takes `use_running_average`; makes a normalization layer.
         act: takes `use_running_average`; makes an activation.
         join: takes the number of activations in a branch; adds the branch to its shortcut.
+        norm_act: takes `use_running_average`; makes both as one layer, where an activation stands directly behind a
+            normalization layer. None: `act` behind `norm`.
     """
 
     conv: Callable[..., Layer]
@@ -44,10 +46,27 @@ class Layers(NamedTuple):
     norm: Callable[[bool], Layer]
     act: Callable[[bool], Layer]
     join: Callable[[int], Callable[[Array, Array], Array]]
+    norm_act: Callable[[bool], Layer] | None = None
 
-    def in_mode(self, train: bool) -> tuple[Callable[..., Layer], Callable[[], Layer], Callable[[], Layer]]:
-        """The makers of convolution, normalization layer and activation for training or for inference."""
-        return self.conv, functools.partial(self.norm, not train), functools.partial(self.act, not train)
+    def in_mode(self, train: bool) -> "InMode":
+        """The makers of layers that are others in training than in inference."""
+        norm, act = functools.partial(self.norm, not train), functools.partial(self.act, not train)
+
+        def norm_act() -> Layer:
+            if self.norm_act is not None:
+                return self.norm_act(not train)
+            first, then = norm(), act()
+            return lambda x: then(first(x))
+
+        return InMode(norm, act, norm_act)
+
+
+class InMode(NamedTuple):
+    """Makers from `Layers`, for training or for inference: of a normalization layer, an activation, and both."""
+
+    norm: Callable[[], Layer]
+    act: Callable[[], Layer]
+    norm_act: Callable[[], Layer]
 
 
 class Plain(nn.Module):

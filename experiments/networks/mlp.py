@@ -24,10 +24,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch ..."], train: bool) -> Float[Array, "batch classes"]:
         """Logits."""
-        _, norm, act = self.layers.in_mode(train)
+        make = self.layers.in_mode(train)
         x = x.reshape(x.shape[0], -1)
         for _ in range(self.depth):
-            x = act()(norm()(self.layers.dense(self.width)(x)))
+            x = make.norm_act()(self.layers.dense(self.width)(x))
         return nn.Dense(self.classes)(x)
 
 
@@ -51,12 +51,12 @@ class ResidualMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch ..."], train: bool) -> Float[Array, "batch classes"]:
         """Logits."""
-        _, norm, act = self.layers.in_mode(train)
+        make = self.layers.in_mode(train)
         x = self.layers.dense(self.width)(x.reshape(x.shape[0], -1))
         for _ in range(self.depth):
             if self.activation_first:
-                branch = self.layers.dense(self.width)(act()(norm()(x)))
+                branch = self.layers.dense(self.width)(make.norm_act()(x))
             else:
-                branch = act()(norm()(self.layers.dense(self.width)(x)))
+                branch = make.norm_act()(self.layers.dense(self.width)(x))
             x = self.layers.join(1)(x, branch)
         return nn.Dense(self.classes)(x)

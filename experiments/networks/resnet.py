@@ -41,9 +41,9 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch classes"]:
         """Logits."""
-        conv, norm, act = self.layers.in_mode(train)
+        conv, make = self.layers.conv, self.layers.in_mode(train)
         kernel, strides = ((7, 7), 2) if self.stem == "imagenet" else ((3, 3), 1)
-        x = act()(norm()(conv(self.features, kernel, strides)(x)))
+        x = make.norm_act()(conv(self.features, kernel, strides)(x))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         for stage, blocks in enumerate(self.stage_sizes):
@@ -64,11 +64,11 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], train: bool) -> Float[Array, "batch h2 w2 c2"]:
         """Output of the block."""
-        conv, norm, act = self.layers.in_mode(train)
-        y = act()(norm()(conv(self.features, (3, 3), self.strides)(x)))
-        y = norm()(conv(self.features, (3, 3))(y))
+        conv, make = self.layers.conv, self.layers.in_mode(train)
+        y = make.norm_act()(conv(self.features, (3, 3), self.strides)(x))
+        y = make.norm()(conv(self.features, (3, 3))(y))
         shortcut = _shortcut(self.layers, x, self.features, self.strides, self.project, train)
-        return act()(self.layers.join(1)(shortcut, y))
+        return make.act()(self.layers.join(1)(shortcut, y))
 
 
 class BottleneckBlock(nn.Module):
@@ -82,20 +82,20 @@ class BottleneckBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], train: bool) -> Float[Array, "batch h2 w2 c2"]:
         """Output of the block."""
-        conv, norm, act = self.layers.in_mode(train)
-        y = act()(norm()(conv(self.features, (1, 1))(x)))
-        y = act()(norm()(conv(self.features, (3, 3), self.strides)(y)))
-        y = norm()(conv(4 * self.features, (1, 1))(y))
+        conv, make = self.layers.conv, self.layers.in_mode(train)
+        y = make.norm_act()(conv(self.features, (1, 1))(x))
+        y = make.norm_act()(conv(self.features, (3, 3), self.strides)(y))
+        y = make.norm()(conv(4 * self.features, (1, 1))(y))
         shortcut = _shortcut(self.layers, x, 4 * self.features, self.strides, self.project, train)
-        return act()(self.layers.join(2)(shortcut, y))
+        return make.act()(self.layers.join(2)(shortcut, y))
 
 
 def _shortcut(layers: Layers, x: Array, features: int, strides: int, project: bool, train: bool) -> Array:
     if x.shape[-1] == features and strides == 1:
         return x
     if project:
-        conv, norm, _ = layers.in_mode(train)
-        return norm()(conv(features, (1, 1), strides)(x))
+        norm = layers.in_mode(train).norm
+        return norm()(layers.conv(features, (1, 1), strides)(x))
     x = x[:, ::strides, ::strides]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
 
@@ -120,13 +120,13 @@ class WideResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch classes"]:
         """Logits."""
-        conv, norm, act = self.layers.in_mode(train)
+        conv, make = self.layers.conv, self.layers.in_mode(train)
         x = conv(16, (3, 3))(x)
         for stage in range(3):
             for position in range((self.depth - 4) // 6):
                 strides = 2 if stage > 0 and position == 0 else 1
                 x = PreActivationBlock(self.layers, 16 * self.widen * 2**stage, strides)(x, train)
-        x = act()(norm()(x))
+        x = make.norm_act()(x)
         return nn.Dense(self.classes)(jnp.mean(x, axis=(1, 2)))
 
 
@@ -140,10 +140,10 @@ class PreActivationBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"], train: bool) -> Float[Array, "batch h2 w2 c2"]:
         """Output of the block."""
-        conv, norm, act = self.layers.in_mode(train)
-        y = act()(norm()(x))
+        conv, make = self.layers.conv, self.layers.in_mode(train)
+        y = make.norm_act()(x)
         same_shape = x.shape[-1] == self.features and self.strides == 1
         shortcut = x if same_shape else conv(self.features, (1, 1), self.strides)(y)
         y = conv(self.features, (3, 3), self.strides)(y)
-        y = act()(norm()(y))
+        y = make.norm_act()(y)
         return self.layers.join(2 if same_shape else 1)(shortcut, conv(self.features, (3, 3))(y))

@@ -26,7 +26,7 @@ from experiments.networks import MODELS, NORMS, ActivationName, check_name
 from experiments.networks.build import check_devices
 from experiments.studies.grid import Cell, Outcome, Results, run_cells
 from experiments.studies.report import write_reports
-from experiments.studies.rivals import VARIATIONS, network_of
+from experiments.studies.rivals import VARIATIONS, VARIATIONS_OF_FORMS, network_of
 
 FINALISTS = 2  # learning rates that are tried with all seeds of the choice
 
@@ -49,7 +49,10 @@ class Config(Storage, Training, Parts, Data):
     )
     forms: tuple[str, ...] = ("published", "default")
     """of normalized ones: published, default, or options as in forward+center+unit+diff+feature+nu0.1"""
-    variations: Annotated[tuple[str, ...], arg(help=f"of plain ones too: {', '.join(VARIATIONS)}")] = ()
+    variations: Annotated[
+        tuple[str, ...],
+        arg(help=f"of plain ones too: {', '.join(VARIATIONS)}; of normalized ones: {', '.join(VARIATIONS_OF_FORMS)}"),
+    ] = ()
     models: Annotated[tuple[str, ...], arg(help=f"of {', '.join(MODELS)}")] = ("mlp10",)
     norms: Annotated[tuple[str, ...], arg(help=f"normalization layers, of {', '.join(NORMS)}")] = ("none", "batch")
     learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
@@ -69,7 +72,7 @@ class Config(Storage, Training, Parts, Data):
         for name in self.activations:
             ActivationName.parse(name)
         for name in self.variations:
-            check_name("variation", name, VARIATIONS)
+            check_name("variation", name, (*VARIATIONS, *VARIATIONS_OF_FORMS))
         for form in self.forms:
             Form.parse(form)
         for name in self.models:
@@ -88,9 +91,10 @@ class Config(Storage, Training, Parts, Data):
         """Every network with every activation, each plain one once, at no particular learning rate."""
         for model, norm, name in itertools.product(self.models, self.norms, self.activations):
             normalized = ActivationName.parse(name).normalized
+            known = VARIATIONS_OF_FORMS if normalized else VARIATIONS
             for form in self.forms if normalized else ("default",):  # of no meaning
                 recipe = Recipe.part_of(self, model=model, norm=norm, activation=name, form=form)
-                for variation in ("", *(() if normalized else self.variations)):
+                for variation in ("", *(name for name in self.variations if name in known)):
                     yield Cell(recipe, on_test=False, variation=variation)
 
 

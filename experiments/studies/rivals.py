@@ -15,10 +15,10 @@ from dks.base.activation_transform import get_transformed_activations
 from jaxtyping import Array, Float
 
 from anact_jax import ACTIVATIONS, Activation, gaussian_stats, normalization, tempered
-from anact_jax.linen import ANAct
+from anact_jax.linen import ANAct, BatchNormAct
 from experiments.config import Recipe
 from experiments.data import Dataset
-from experiments.networks import Join, Layers, Plain, on_each
+from experiments.networks import ActivationName, Join, Layers, Plain, on_each
 from experiments.networks.build import layers_of, make_network
 from experiments.studies.ensemble import conv_by_matmul, for_ensemble
 from experiments.studies.grid import not_run_today
@@ -180,6 +180,27 @@ def _magnitude_preserving(recipe: Recipe, layers: Layers, dataset: Dataset) -> L
     )
 
 
+def _closed(recipe: Recipe, layers: Layers, dataset: Dataset, after_additions: str) -> Layers:
+    """BatchNorm's own parameters instead of measurements, for each activation directly behind it."""
+    if recipe.norm != "batch":
+        raise ValueError(f"the closed form stands behind norm 'batch', not {recipe.norm!r}")
+    fn = ACTIVATIONS[ActivationName.parse(recipe.activation).base]
+
+    def norm_act(inference: bool) -> BatchNormAct:
+        return BatchNormAct(use_running_average=inference, momentum=recipe.norm_momentum, fn=fn, form=recipe.form)
+
+    layers = layers._replace(norm_act=norm_act)
+    return layers if after_additions == "measured" else layers._replace(act=lambda inference: Plain(fn))
+
+
+VARIATIONS_OF_FORMS: Mapping[str, Callable[[Recipe, Layers, Dataset], Layers]] = MappingProxyType(
+    {
+        f"closed, {after} after additions": functools.partial(_closed, after_additions=after)
+        for after in ("plain", "measured")
+    }
+)
+"""By name, what is changed in a network with a normalized activation."""
+
 VARIATIONS: Mapping[str, Callable[[Recipe, Layers, Dataset], Layers]] = MappingProxyType(
     {
         DEEP_KERNEL_SHAPING: _shaped,
@@ -195,14 +216,15 @@ VARIATIONS: Mapping[str, Callable[[Recipe, Layers, Dataset], Layers]] = MappingP
 
 
 def network_of(recipe: Recipe, variation: str, dataset: Dataset) -> nn.Module:
-    """A recipe's network for an ensemble, as it is or with its plain activation in another way.
+    """A recipe's network for an ensemble, as it is or with its activation in another way.
 
     Raises:
         ValueError: there is no such variation, or as `make_network` and `deep_kernel_shaped` raise.
     """
     layers = for_ensemble(layers_of(recipe))
-    if variation in VARIATIONS:
-        layers = VARIATIONS[variation](recipe, layers, dataset)
+    known = {**VARIATIONS, **VARIATIONS_OF_FORMS}
+    if variation in known:
+        layers = known[variation](recipe, layers, dataset)
     elif variation:
         raise not_run_today(variation)
     return make_network(recipe, dataset, layers)

@@ -53,6 +53,8 @@ class Side(NamedTuple):
     @property
     def label(self) -> str:
         """What is done to the activation; empty for nothing."""
+        if self.form and self.variation.startswith("closed"):
+            return f"{self.form}, {self.variation}"
         return self.variation or self.form or ""
 
     def __str__(self) -> str:
