@@ -65,6 +65,7 @@ def closed_normalization(
     """
     form = Form.parse(form)
     check_closed(form)
+    mean, std = jnp.broadcast_arrays(mean, std)
     stats = _stats(_rule_for(f), tempered(f, form.nonlinearity), mean, std)
     if not form.axes:
         stats = _pooled(stats)
@@ -140,9 +141,10 @@ def _pooled(stats: Stats) -> Stats:
 
 
 def _stats(rule: Rule, f: Activation, mean: Array, std: Array) -> Stats:
-    if traced(f, mean)[1]:  # arrays, in which it is differentiated too
+    g, constants = traced(f, mean)
+    if constants:  # it is differentiated in these too
         return stats_by(rule, f, mean, std)
-    return Stats(jnp.zeros_like(mean), mean, std**2, *_moments_of_f(rule, f, mean, std))
+    return Stats(jnp.zeros_like(mean), mean, std**2, *_moments_of_f(rule, functools.partial(g, ()), mean, std))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -210,7 +212,8 @@ def _kinks(f: Activation) -> np.ndarray:
     """Where f' jumps, but for 0: between neighbors on a grid, by bisection."""
 
     def slope(x: np.ndarray) -> np.ndarray:
-        return np.asarray(value_and_slope(f, jnp.asarray(x))[1], np.float64)
+        slopes: np.ndarray = np.asarray(value_and_slope(f, jnp.asarray(x))[1], np.float64)
+        return slopes
 
     grid = np.linspace(-_SPAN, _SPAN, 8006)  # no round number is on it
     at = slope(grid)

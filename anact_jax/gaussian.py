@@ -1,7 +1,6 @@
 """Statistics of an activation under a normal input: the reference before any batch was seen."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -109,7 +108,7 @@ def stats_by(rule: Rule, f: Activation, mean: Any, std: Any) -> Stats:
 def under_normal(
     f: Activation, mean: Any = 0.0, std: Any = 1.0, rule: Rule = FINE
 ) -> tuple[Array, Array, Array, Callable[[Array], Array]]:
-    """z, f(x) and f'(x) for x = mean + std z at the nodes of the quadrature, on a last axis; the expectation over it."""
+    """z, f(x) and f'(x) for x = mean + std z at the quadrature's nodes, on a last axis; the expectation over it."""
     dtype = wide_dtype(jnp.result_type(float))
     mean, std = (jnp.asarray(value, dtype) for value in jnp.broadcast_arrays(mean, std))
     z, weight = nodes_under_normal(rule, mean, std)
@@ -128,9 +127,12 @@ def nodes_under_normal(rule: Rule, mean: Array, std: Array) -> tuple[Array, Arra
     # All elementwise, with constants for each node: concatenated pieces take several times as long to compile.
     mean, std, pieces = mean[..., None], jnp.maximum(std, _LEAST_STD)[..., None], len(rule.cuts) + 1
     starts, ends = ((-_FAR, *rule.cuts), (*rule.cuts, _FAR))
-    low, high = (jnp.asarray(np.repeat(values, rule.nodes.size), mean.dtype) for values in (starts, ends))
-    nodes = jnp.asarray(np.tile(rule.nodes, pieces), mean.dtype)
-    weights = jnp.asarray(np.tile(rule.weights / math.sqrt(2 * math.pi), pieces), mean.dtype)
+
+    def at_nodes(values: np.ndarray) -> Array:
+        return jnp.asarray(values, mean.dtype).reshape((1,) * (mean.ndim - 1) + (-1,))
+
+    low, high = (at_nodes(np.repeat(values, rule.nodes.size)) for values in (starts, ends))
+    nodes, weights = (at_nodes(np.tile(v, pieces)) for v in (rule.nodes, rule.weights / math.sqrt(2 * math.pi)))
     left, right = (jnp.clip((edge - mean) / std, -rule.reach, rule.reach) for edge in (low, high))
     width = right - left  # 0 outside the reach
     z = left + width * nodes

@@ -192,8 +192,8 @@ class BatchNormAct(nn.BatchNorm):
 
     What BatchNorm gives out has in each channel the mean beta (its `bias`) and the deviation
     `|gamma| sqrt(v / (v + epsilon))` (gamma its `scale`, v its running variance), so that factor and shift of
-    `lambda * (f(x) - c)` follow from parameters: see `anact_jax.closed_normalization`. They follow training, and are the
-    same in training and inference.
+    `lambda * (f(x) - c)` follow from parameters: see `anact_jax.closed_normalization`. They follow training, and are
+    the same in training and inference.
 
     It takes all that `nn.BatchNorm` takes, and holds the same parameters and statistics under the same names: a
     checkpoint of BatchNorm loads into a layer of the same name. Behind LayerNorm or GroupNorm nothing is known of a
