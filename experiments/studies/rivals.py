@@ -171,11 +171,16 @@ def _magnitude_preserving(recipe: Recipe, layers: Layers, dataset: Dataset) -> L
     """Kernels of unit norm, f by its mean square under N(0, 1), sums that keep the variance, as in EDM2."""
     fn = ACTIVATIONS[recipe.activation]
     scale = normalization(gaussian_stats(fn), "forward+unit").factor
+    return _with_magnitudes_kept(recipe, layers, dataset)._replace(act=lambda inference: Plain(lambda x: scale * fn(x)))
+
+
+def _with_magnitudes_kept(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
+    """The same kernels and sums, whatever the activation."""
+    del recipe, dataset
     part = math.hypot(0.7, 0.3)
     return layers._replace(
         conv=functools.partial(UnitKernel, center=False),
         dense=functools.partial(UnitKernel, center=False),
-        act=lambda inference: Plain(lambda x: scale * fn(x)),
         join=lambda activations: BlendedSum(0.7 / part, 0.3 / part),
     )
 
@@ -195,8 +200,9 @@ def _closed(recipe: Recipe, layers: Layers, dataset: Dataset, after_additions: s
 
 VARIATIONS_OF_FORMS: Mapping[str, Callable[[Recipe, Layers, Dataset], Layers]] = MappingProxyType(
     {
-        f"closed, {after} after additions": functools.partial(_closed, after_additions=after)
-        for after in ("plain", "measured")
+        "closed, plain after additions": functools.partial(_closed, after_additions="plain"),
+        "closed, measured after additions": functools.partial(_closed, after_additions="measured"),
+        "in a magnitude-preserving network": _with_magnitudes_kept,
     }
 )
 """By name, what is changed in a network with a normalized activation."""
