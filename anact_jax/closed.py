@@ -228,10 +228,11 @@ def _kinks(f: Activation) -> np.ndarray:
         left, right = np.where(first, left, middle), np.where(first, middle, right)
     jumps = np.abs(slope(right) - slope(left)) > rise / 2
     kinks = ((left + right) / 2)[jumps]
-    return kinks[np.abs(kinks) > 1e-4]
+    away: np.ndarray = kinks[np.abs(kinks) > 1e-4]
+    return away
 
 
-def _is_good(f: Activation, *cuts: float) -> np.ndarray:
+def _is_good(f: Activation, *cuts: float) -> Array:
     """Whether the short rule is as good as the fine one, over means and deviations as BatchNorm learns them."""
     mean, std = (jnp.asarray(values.ravel()) for values in np.meshgrid(np.linspace(-4, 4, 9), [0.1, 0.5, 1, 2, 5]))
     short, fine = (stats_by(rule._replace(cuts=cuts), f, mean, std) for rule in (_SHORT, FINE))
@@ -240,4 +241,4 @@ def _is_good(f: Activation, *cuts: float) -> np.ndarray:
         return jnp.all(jnp.abs(getattr(short, name) - getattr(fine, name)) <= _GOOD * size + 1e-6)
 
     near = close("mean_out", jnp.sqrt(fine.var_out)), close("var_out", fine.var_out), close("slope_sq", fine.slope_sq)
-    return np.asarray(functools.reduce(jnp.logical_and, near))
+    return functools.reduce(jnp.logical_and, near)

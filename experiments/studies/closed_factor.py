@@ -8,7 +8,7 @@ import functools
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
 
@@ -126,7 +126,7 @@ def factors_off(model: nn.Module, images: Float[Array, "n ..."], variables: PyTr
         if layer.path in seen:  # as the BatchNorm that it is
             return
         seen.add(layer.path)
-        parameters: dict[str, Array] = layer.variables["params"]
+        parameters: Any = layer.variables["params"]
         scale, bias = parameters["scale"], parameters["bias"]
         reduced = tuple(range(x.ndim - 1))
         variance = jnp.var(x, reduced)
