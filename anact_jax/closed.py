@@ -11,12 +11,12 @@ from jaxtyping import Array, Float
 from anact_jax.activations import tempered
 from anact_jax.elementwise import Activation, traced, value_and_slope, while_tracing, wide_dtype
 from anact_jax.factors import Normalization, normalization
-from anact_jax.form import Form
+from anact_jax.form import PUBLISHED, Form
 from anact_jax.gaussian import FINE, Rule, nodes_under_normal, panels, stats_by
 from anact_jax.kernels import scaling
 from anact_jax.statistics import Stats, canonical_axes, other_axes
 
-BEHIND_BATCH_NORM = Form("forward", reference="input", stop_gradient=False, level=1.0)
+BEHIND_BATCH_NORM = PUBLISHED
 """The form of `BatchNormAct`."""
 
 _SHORT = Rule((0.0,), 7.0, *panels(1, 32))
