@@ -178,7 +178,7 @@ def test_a_checkpoint_of_batch_norm_loads():
 
 
 def test_keeps_the_variance_of_what_comes_in():
-    y, variables = behind(fn=jax.nn.relu)
+    y, variables = behind(fn=jax.nn.relu, form=PER_CHANNEL)
     scale = jnp.abs(variables["params"]["scale"])
     np.testing.assert_allclose(jnp.std(y, (0, 1, 2)), scale, rtol=0.1)
     np.testing.assert_allclose(jnp.mean(y, (0, 1, 2)), 0, atol=0.06)
@@ -193,7 +193,7 @@ def test_training_and_inference_normalize_alike():
 
 def test_a_channel_that_hardly_varies_is_known_to():
     """epsilon takes half of its deviation, which no parameter tells, but the running variance does."""
-    layer, x = BatchNormAct(fn=jnp.tanh, use_running_average=True, use_scale=False), batch()
+    layer, x = BatchNormAct(fn=jnp.tanh, form=PER_CHANNEL, use_running_average=True, use_scale=False), batch()
     variables = layer.init(jax.random.key(0), x)
     state = {"mean": jnp.zeros(8), "var": jnp.full(8, 1e-5)}
     y = layer.apply({**variables, "batch_stats": state}, 1e-5**0.5 * (x - 1) / 3)
@@ -209,7 +209,7 @@ def test_a_channel_that_hardly_varies_is_known_to():
         {"fn": jnp.tanh, "use_scale": False, "momentum": 0.9, "epsilon": 1e-3},
         {"form": "mean+center+diff+feature+nu0.1+learned"},
     ],
-    ids=str,
+    ids=["default", "one_a_layer", "constants_without_bias", "without_scale", "learned_and_tempered"],
 )
 def test_nnx_equals_linen_to_the_bit(options):
     x = batch()
@@ -236,7 +236,7 @@ def test_half_precision_takes_factors_of_float32():
 def test_channels_may_stand_on_any_axis(axis):
     x = batch((32, 6, 6, 6))
     y, _ = behind(jnp.moveaxis(x, -1, axis), axis=axis, form="forward+center+diff+axes1" if axis == 1 else PER_CHANNEL)
-    chex.assert_trees_all_close(jnp.moveaxis(y, axis, -1), behind(x)[0], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(jnp.moveaxis(y, axis, -1), behind(x, form=PER_CHANNEL)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_module_with_parameters_may_be_what_is_normalized():

@@ -61,6 +61,7 @@ def test_tables_of_the_default_are_those_of_the_finished_cells():
     assert forms_table(choice) in text
     assert ways_table(choice) in text
     assert forms_table(Results(folder / "second_choice" / "results.jsonl")) in text
+    assert forms_table(Results(folder / "behind_batch_norm" / "results.jsonl")) in text
     verdict = Results(folder / "verdict" / "results.jsonl")
     for form in (Config().form, "mean+center+unit+diff+feature+nu0.1"):  # today's, and the one before
         assert report(rows_of(verdict, Form.parse(form))) in text
