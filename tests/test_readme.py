@@ -11,6 +11,7 @@ import pytest
 
 from anact_jax import Form
 from experiments.benchmarks import cost
+from experiments.cli import table_row
 from experiments.studies.default_form import Config, forms_table, report, rows_of, ways_table
 from experiments.studies.grid import Results
 from experiments.studies.tables import arrange, markdown_table
@@ -65,3 +66,19 @@ def test_tables_of_the_default_are_those_of_the_finished_cells():
     verdict = Results(folder / "verdict" / "results.jsonl")
     for form in (Config().form, "mean+center+unit+diff+feature+nu0.1"):  # today's, and the one before
         assert report(rows_of(verdict, Form.parse(form))) in text
+
+
+def test_verdict_behind_batch_norm_is_that_of_the_finished_cells():
+    text = (ROOT / "docs" / "results.md").read_text()
+    tables = arrange(Results(ROOT / "experiments" / "results" / "verdict" / "results.jsonl"))
+    closed = [
+        (table[side.plain][name], runs, name)
+        for table in tables.values()
+        for side, column in table.items()
+        if side.variation == "closed, plain after additions"
+        for name, runs in column.items()
+    ]
+    assert len(closed) == 8
+    for plain, runs, name in closed:
+        cells = (f"{side.accuracy()} at {side.rate:g}" for side in (plain, runs))
+        assert table_row(name, *cells, runs.against(plain).signed) in text
