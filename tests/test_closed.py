@@ -31,7 +31,7 @@ def expected_factor(mean, std, moments, form):
 
 
 @pytest.mark.parametrize("form", [PER_CHANNEL, BY_ALL_MOMENTS])
-@pytest.mark.parametrize("name", ["swish", "relu", "tanh", "softplus"])
+@pytest.mark.parametrize("name", ["swish", "relu", pytest.param("tanh", marks=pytest.mark.slow)])
 def test_factor_and_shift_are_those_of_the_float64_quadrature(name, form):
     form = Form.parse(form).replace(epsilon=0.0)
     mean, std = (values[::3] for values in grid())
@@ -65,7 +65,11 @@ def test_kinks_away_from_zero_get_nodes_of_their_own(name):
 
 
 @pytest.mark.parametrize("form", [PER_CHANNEL, BY_ALL_MOMENTS, "harmonic+unit+diff"])
-@pytest.mark.parametrize("f", [jax.nn.swish, jax.nn.relu, jnp.tanh, jax.nn.hard_tanh], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "f",
+    [jax.nn.swish, jax.nn.hard_tanh, *(pytest.param(f, marks=pytest.mark.slow) for f in (jax.nn.relu, jnp.tanh))],
+    ids=lambda f: f.__name__,
+)
 def test_gradients_are_those_of_differences(f, form):
     with jax.enable_x64(True):
         mean, std = (jnp.asarray(values, jnp.float64) for values in grid())
