@@ -12,7 +12,7 @@ from anact_jax.activations import tempered
 from anact_jax.elementwise import Activation, traced, value_and_slope, while_tracing, wide_dtype
 from anact_jax.factors import Normalization, normalization
 from anact_jax.form import PUBLISHED, Form
-from anact_jax.gaussian import FINE, Rule, nodes_under_normal, panels, stats_by
+from anact_jax.gaussian import FINE, Rule, nodes_under_normal, panels, stats_under_normal
 from anact_jax.kernels import scaling
 from anact_jax.statistics import Stats, canonical_axes, other_axes
 
@@ -120,15 +120,25 @@ def applied_behind(
             "or () for one factor a layer"
         )
     wide = wide_dtype(x.dtype)
-    variance = jax.lax.stop_gradient(variance).astype(wide)
-    mean = jnp.zeros_like(variance) if bias is None else bias.astype(wide)
-    std = jnp.sqrt(variance / (variance + epsilon)) * (1 if scale is None else jnp.abs(scale.astype(wide)))
+    mean, std = behind_batch_norm(scale, bias, jax.lax.stop_gradient(variance).astype(wide), epsilon)
     found = closed_normalization(f, mean, std, form, alpha=alpha)
     reduced = other_axes(axes, x.ndim) if form.axes else tuple(range(x.ndim))
     factor, shift = (jnp.expand_dims(value.astype(wide), reduced) for value in found)
     g, constants = traced(tempered(f, form.nonlinearity), x)
     y: Array = jax.checkpoint(functools.partial(scaling(x, axes), g))(constants, x, factor, shift)
     return y.astype(x.dtype)
+
+
+def behind_batch_norm(
+    scale: Float[Array, "*channels"] | None,
+    bias: Float[Array, "*channels"] | None,
+    variance: Float[Array, "*channels"],
+    epsilon: float,
+) -> tuple[Float[Array, "*channels"], Float[Array, "*channels"]]:
+    """Mean and deviation of what BatchNorm gives out, in the variance's dtype; arguments as of `applied_behind`."""
+    mean = jnp.zeros_like(variance) if bias is None else bias.astype(variance.dtype)
+    std = jnp.sqrt(variance / (variance + epsilon))
+    return mean, std if scale is None else std * jnp.abs(scale.astype(variance.dtype))
 
 
 def _pooled(stats: Stats) -> Stats:
@@ -143,7 +153,7 @@ def _pooled(stats: Stats) -> Stats:
 def _stats(rule: Rule, f: Activation, mean: Array, std: Array) -> Stats:
     g, constants = traced(f, mean)
     if constants:  # it is differentiated in these too
-        return stats_by(rule, f, mean, std)
+        return stats_under_normal(f, mean, std, rule)
     return Stats(jnp.zeros_like(mean), mean, std**2, *_moments_of_f(rule, functools.partial(g, ()), mean, std))
 
 
@@ -151,8 +161,7 @@ def _stats(rule: Rule, f: Activation, mean: Array, std: Array) -> Stats:
 def _moments_of_f(rule: Rule, f: Activation, mean: Array, std: Array) -> tuple[Array, Array, Array]:
     """`mean_out`, `var_out` and `slope_sq` of x normal with this mean and deviation."""
     _, off, slope, expectations = _under_normal(rule, f, mean, std)
-    off_mean, off_sq, slope_sq = expectations(off, off**2, slope**2)
-    return f(mean) + off_mean, jnp.maximum(0, off_sq - off_mean**2), slope_sq
+    return _from_sums(f(mean), *expectations(off, off**2, slope**2))
 
 
 @_moments_of_f.defjvp
@@ -170,14 +179,19 @@ def _moments_of_f_jvp(
         *(off, off**2, slope**2, slope, slope * z, slope * off, slope * off * z),
         *(slope**2 * z, slope**2 * (z**2 - 1)),
     )
-    found = f(mean) + off_mean, jnp.maximum(0, off_sq - off_mean**2), slope_sq
 
     def change(by_mean: Array, by_std: Array) -> Array:
         return by_mean * tangents[0] + by_std * tangents[1]
 
     of_var = change(by_off - off_mean * in_mean, by_off_z - off_mean * in_std)
     of_slope_sq = std / (std**2 + _SMALL**2) * change(sq_in_mean, sq_in_std)
+    found = _from_sums(f(mean), off_mean, off_sq, slope_sq)
     return found, (change(in_mean, in_std), 2 * of_var, of_slope_sq)
+
+
+def _from_sums(about: Array, off_mean: Array, off_sq: Array, slope_sq: Array) -> tuple[Array, Array, Array]:
+    """`mean_out`, `var_out` and `slope_sq` from expectations of f(x) less `about`, of its square and of f'^2."""
+    return about + off_mean, jnp.maximum(0, off_sq - off_mean**2), slope_sq
 
 
 def _under_normal(
@@ -235,10 +249,9 @@ def _kinks(f: Activation) -> np.ndarray:
 def _is_good(f: Activation, *cuts: float) -> Array:
     """Whether the short rule is as good as the fine one, over means and deviations as BatchNorm learns them."""
     mean, std = (jnp.asarray(values.ravel()) for values in np.meshgrid(np.linspace(-4, 4, 9), [0.1, 0.5, 1, 2, 5]))
-    short, fine = (stats_by(rule._replace(cuts=cuts), f, mean, std) for rule in (_SHORT, FINE))
-
-    def close(name: str, size: Array) -> Array:
-        return jnp.all(jnp.abs(getattr(short, name) - getattr(fine, name)) <= _GOOD * size + 1e-6)
-
-    near = close("mean_out", jnp.sqrt(fine.var_out)), close("var_out", fine.var_out), close("slope_sq", fine.slope_sq)
-    return functools.reduce(jnp.logical_and, near)
+    short = _moments_of_f(_SHORT._replace(cuts=cuts), f, mean, std)
+    fine = stats_under_normal(f, mean, std, FINE._replace(cuts=cuts))
+    sizes = jnp.sqrt(fine.var_out), fine.var_out, fine.slope_sq
+    pairs = zip(short, (fine.mean_out, fine.var_out, fine.slope_sq), sizes, strict=True)
+    near = [jnp.all(jnp.abs(got - wanted) <= _GOOD * size + 1e-6) for got, wanted, size in pairs]
+    return jnp.all(jnp.stack(near))

@@ -82,16 +82,12 @@ def gaussian_stats(
         raise ValueError(f"std must be >= 0, got {std}")
 
     if isinstance(mean, int | float) and isinstance(std, int | float):
-        return Stats(*map(jnp.asarray, while_tracing(_stats, f, float(mean), float(std))))
-    return _stats(f, mean, std)
+        return Stats(*map(jnp.asarray, while_tracing(stats_under_normal, f, float(mean), float(std))))
+    return stats_under_normal(f, mean, std)
 
 
-def _stats(f: Activation, mean: Any, std: Any) -> Stats:
-    return stats_by(FINE, f, mean, std)
-
-
-def stats_by(rule: Rule, f: Activation, mean: Any, std: Any) -> Stats:
-    """`gaussian_stats`, by this rule, of numbers that have been checked."""
+def stats_under_normal(f: Activation, mean: Any, std: Any, rule: Rule = FINE) -> Stats:
+    """`gaussian_stats` of numbers that have been checked, by this rule."""
     z, y, slope, expectation = under_normal(f, mean, std, rule)
     mean_out = expectation(y)
     center, spread = jnp.broadcast_arrays(*(jnp.asarray(value, z.dtype) for value in (mean, std)))

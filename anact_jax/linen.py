@@ -231,24 +231,19 @@ class BatchNormAct(nn.BatchNorm):
     ) -> Float[Array, "*shape"]:
         """Normalized activation of BatchNorm(x), in x's shape; the arguments are those of `nn.BatchNorm`."""
         y = super().__call__(x, use_running_average, mask=mask)
-        form = Form.parse(self.form)
-        features = self.get_variable("batch_stats", "var").shape if form.axes else ()
+        form, variance = Form.parse(self.form), jnp.asarray(self.get_variable("batch_stats", "var"))
+        features = variance.shape if form.axes else ()
         return applied_behind(
             function_of(self, y),
             y,
             self.axis,
             scale=self.get_variable("params", "scale") if self.use_scale else None,
             bias=self.get_variable("params", "bias") if self.use_bias else None,
-            variance=self.get_variable("batch_stats", "var"),
+            variance=variance,
             epsilon=self.epsilon,
             form=form,
             alpha=self.param("alpha", nn.initializers.zeros, features) if form.learned else None,
         )
-
-    @property
-    def activation(self) -> Activation:
-        """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
-        return tempered(function_of(self), Form.parse(self.form).nonlinearity)
 
 
 def function_of(layer: ANAct | BatchNormAct, x: Array | None = None) -> Activation:

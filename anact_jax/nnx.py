@@ -230,11 +230,6 @@ class BatchNormAct(nnx.BatchNorm):
             alpha=None if self.alpha is None else self.alpha[...],
         )
 
-    @property
-    def activation(self) -> Activation:
-        """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
-        return tempered(self.fn, self.form.nonlinearity)
-
 
 class NReLU(ANAct):
     """`ANAct` of `jax.nn.relu`."""

@@ -94,12 +94,22 @@ class Join(nn.Module):
 
 
 def on_each(kind: type | types.UnionType, visit: Callable[[Any, Array], None]) -> AbstractContextManager[None]:
-    """While this context lasts, `visit` is given each module of a kind that is called, and its input."""
+    """While this context lasts, `visit` is given each module of a kind that is called, and its input.
+
+    Once a call: a module that calls what it inherits from is not visited again for that.
+    """
+    within: list[nn.Module] = []
 
     def on_call(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, kind) and context.method_name == "__call__":
-            visit(context.module, args[0])
-        return call(*args, **kwargs)
+        module = context.module
+        if not isinstance(module, kind) or context.method_name != "__call__" or any(m is module for m in within):
+            return call(*args, **kwargs)
+        visit(module, args[0])
+        within.append(module)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            within.pop()
 
     return nn.intercept_methods(on_call)
 

@@ -23,6 +23,7 @@ import tyro
 from jaxtyping import Array, Float, PyTree
 
 from anact_jax import Form, activation_stats, closed_normalization, normalization
+from anact_jax.closed import behind_batch_norm
 from anact_jax.linen import BatchNormAct
 from experiments.config import Recipe, Storage
 from experiments.data import DataError, Dataset
@@ -120,23 +121,22 @@ def study(model: nn.Module, recipe: Recipe, dataset: Dataset) -> dict[str, list[
 def factors_off(model: nn.Module, images: Float[Array, "n ..."], variables: PyTree[Array]) -> dict[str, Off]:
     """Of each of FORMS, on the batch that is given."""
     found: dict[str, list[tuple[Array, Array, Array]]] = {form: [] for form in FORMS}
-    seen = set()
 
     def visit(layer: BatchNormAct, x: Array) -> None:
-        if layer.path in seen:  # as the BatchNorm that it is
-            return
-        seen.add(layer.path)
         parameters: Any = layer.variables["params"]
         scale, bias = parameters["scale"], parameters["bias"]
         reduced = tuple(range(x.ndim - 1))
         variance = jnp.var(x, reduced)
-        normal = (x - jnp.mean(x, reduced)) * jax.lax.rsqrt(variance + layer.epsilon)
+        normal = (x - jnp.mean(x, reduced, keepdims=True)) * jax.lax.rsqrt(
+            jnp.expand_dims(variance, reduced) + layer.epsilon
+        )
+        output = jnp.expand_dims(scale, reduced) * normal + jnp.expand_dims(bias, reduced)
         kurtosis = jnp.mean(normal**4, reduced) / jnp.mean(normal**2, reduced) ** 2
-        std = jnp.abs(scale) * jnp.sqrt(variance / (variance + layer.epsilon))
+        mean, std = behind_batch_norm(scale, bias, variance, layer.epsilon)
         for form in FORMS:
             per_channel = Form.parse(form).axes
-            stats = activation_stats(layer.fn, scale * normal + bias, feature_axes=per_channel)
-            ratio = closed_normalization(layer.fn, bias, std, form).factor / normalization(stats, form).factor
+            stats = activation_stats(layer.fn, output, feature_axes=per_channel)
+            ratio = closed_normalization(layer.fn, mean, std, form).factor / normalization(stats, form).factor
             off = jnp.where(stats.var_out > _ALIVE * stats.var_in, jnp.abs(ratio - 1), 0)
             found[form].append((jnp.median(off), jnp.max(off), jnp.median(kurtosis)))
 

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -189,10 +189,12 @@ def _closed(recipe: Recipe, layers: Layers, dataset: Dataset, after_additions: s
     """BatchNorm's own parameters instead of measurements, for each activation directly behind it."""
     if recipe.norm != "batch":
         raise ValueError(f"the closed form stands behind norm 'batch', not {recipe.norm!r}")
-    fn = ACTIVATIONS[ActivationName.parse(recipe.activation).base]
+    fn, norm = ACTIVATIONS[ActivationName.parse(recipe.activation).base], layers.norm
 
     def norm_act(inference: bool) -> BatchNormAct:
-        return BatchNormAct(use_running_average=inference, momentum=recipe.norm_momentum, fn=fn, form=recipe.form)
+        plain: Any = norm(inference)
+        options = {name: getattr(plain, name) for name in ("use_running_average", "momentum", "dtype")}
+        return BatchNormAct(**options, fn=fn, form=recipe.form)
 
     layers = layers._replace(norm_act=norm_act)
     return layers if after_additions == "measured" else layers._replace(act=lambda inference: Plain(fn))
