@@ -89,13 +89,8 @@ def applied_behind(
     f: Activation,
     x: Float[Array, "*shape"],
     axis: int | Sequence[int],
-    *,
-    scale: Float[Array, "*channels"] | None,
-    bias: Float[Array, "*channels"] | None,
-    variance: Float[Array, "*channels"],
-    epsilon: float,
     form: Form,
-    alpha: Float[Array, "*features"] | None,
+    found: Normalization,
 ) -> Float[Array, "*shape"]:
     """The normalized activation of what BatchNorm gave out, in its shape and dtype.
 
@@ -103,12 +98,8 @@ def applied_behind(
         f: any elementwise JAX function.
         x: BatchNorm's output.
         axis: its feature axes.
-        scale: its gamma; None for 1.
-        bias: its beta; None for 0.
-        variance: its running variance.
-        epsilon: its own, which is added to the variance.
         form: see `closed_normalization`.
-        alpha: see `normalization`.
+        found: factor and shift.
 
     Raises:
         ValueError: the form has other feature axes than BatchNorm.
@@ -119,10 +110,8 @@ def applied_behind(
             f"form {form} has feature_axes {form.axes}, behind a BatchNorm over axis {axis}; give the form the same, "
             "or () for one factor a layer"
         )
-    wide = wide_dtype(x.dtype)
-    mean, std = behind_batch_norm(scale, bias, jax.lax.stop_gradient(variance).astype(wide), epsilon)
-    found = closed_normalization(f, mean, std, form, alpha=alpha)
     reduced = other_axes(axes, x.ndim) if form.axes else tuple(range(x.ndim))
+    wide = wide_dtype(x.dtype)
     factor, shift = (jnp.expand_dims(value.astype(wide), reduced) for value in found)
     g, constants = traced(tempered(f, form.nonlinearity), x)
     y: Array = jax.checkpoint(functools.partial(scaling(x, axes), g))(constants, x, factor, shift)
@@ -135,7 +124,15 @@ def behind_batch_norm(
     variance: Float[Array, "*channels"],
     epsilon: float,
 ) -> tuple[Float[Array, "*channels"], Float[Array, "*channels"]]:
-    """Mean and deviation of what BatchNorm gives out, in the variance's dtype; arguments as of `applied_behind`."""
+    """Mean and deviation of what BatchNorm gives out, in the variance's dtype.
+
+    Args:
+        scale: its gamma; None for 1.
+        bias: its beta; None for 0.
+        variance: its running variance, which is a constant under differentiation.
+        epsilon: its own, which is added to the variance.
+    """
+    variance = jax.lax.stop_gradient(variance)
     mean = jnp.zeros_like(variance) if bias is None else bias.astype(variance.dtype)
     std = jnp.sqrt(variance / (variance + epsilon))
     return mean, std if scale is None else std * jnp.abs(scale.astype(variance.dtype))

@@ -31,7 +31,10 @@ LAYERS: tuple[type, ...] = (
 )
 """Layers with weights, whose outputs are the signals z_l of docs/method.md."""
 
-ACTIVATIONS: tuple[type, ...] = (linen.ANAct, anact_jax.nnx.ANAct)
+BEHIND_BATCH_NORM: tuple[type, ...] = (linen.BatchNormAct, anact_jax.nnx.BatchNormAct)
+"""Normalized activations that are one layer with the BatchNorm before them."""
+
+ACTIVATIONS: tuple[type, ...] = (linen.ANAct, anact_jax.nnx.ANAct, *BEHIND_BATCH_NORM)
 """Normalized activations."""
 
 
@@ -234,12 +237,13 @@ def gains_on_batch(
 
     Args:
         loss: see `pass_through`.
-        layers: types of the modules to measure. One that is no `ANAct` must have its activation as `fn`, which has
-            factor 1 and shift 0.
+        layers: types of the modules to measure. One that is no normalized activation must have its activation as
+            `fn`, which has factor 1 and shift 0. Of a `BatchNormAct` the activation is measured, on what BatchNorm
+            gives out.
 
     Returns:
         A function of loss's arguments; what it returns has a row for each call of such a layer, in the order of
-        execution, with the factor and shift that its running statistics give. Compile it by `jax.jit`.
+        execution, with the factor and shift that its running statistics or parameters give. Compile it by `jax.jit`.
 
     Raises:
         TypeError, ValueError: see `pass_through`.
@@ -253,7 +257,8 @@ def gains_on_batch(
     """
 
     def row(module: Any, name: str, entering: Array) -> LayerGains:
-        if isinstance(module, linen.ANAct | anact_jax.nnx.ANAct):
+        normalized = isinstance(module, ACTIVATIONS)
+        if normalized:
             form = Form.parse(module.form)
             stats = activation_stats(module.activation, entering, feature_axes=form.axes)
             return _row(name, form, stats, constants(module))
@@ -392,7 +397,7 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
     def run(tap: Tap) -> Any:
         def on_call(call: Callable[..., Any], given: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             output, module = call(*given, **kwargs), context.module
-            if isinstance(module, layers) and context.method_name == "__call__":
+            if isinstance(module, layers) and context.method_name == _method_of(module):
                 name = "/".join(module.path) or type(module).__name__
                 return tap(module, name, _entering(given, kwargs), output)
             return output
@@ -410,10 +415,17 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
 def _tap_calls(module: Any, name: str, tap: Tap) -> None:
     kind = type(module)
 
-    def call(self: Any, *given: Any, **kwargs: Any) -> Any:
-        return tap(self, name, _entering(given, kwargs), kind.__call__(self, *given, **kwargs))
+    method = _method_of(module)
 
-    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    def call(self: Any, *given: Any, **kwargs: Any) -> Any:
+        return tap(self, name, _entering(given, kwargs), getattr(kind, method)(self, *given, **kwargs))
+
+    module.__class__ = type(kind.__name__, (kind,), {method: call})
+
+
+def _method_of(module: Any) -> str:
+    """Where a layer takes its input: of one with BatchNorm before it, where its activation does."""
+    return "activate" if isinstance(module, BEHIND_BATCH_NORM) else "__call__"
 
 
 def _entering(given: Sequence[Any], kwargs: Mapping[str, Any]) -> Array:

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Shaped
 
 from anact_jax import activations
 from anact_jax.activations import tempered
-from anact_jax.closed import BEHIND_BATCH_NORM, applied_behind, check_closed
-from anact_jax.elementwise import Activation
+from anact_jax.closed import BEHIND_BATCH_NORM, applied_behind, behind_batch_norm, check_closed, closed_normalization
+from anact_jax.elementwise import Activation, wide_dtype
+from anact_jax.factors import Normalization
 from anact_jax.form import DEFAULT, Form
 from anact_jax.running import check_momentum
 from anact_jax.statistics import Stats, canonical_axes
@@ -231,19 +232,32 @@ class BatchNormAct(nn.BatchNorm):
     ) -> Float[Array, "*shape"]:
         """Normalized activation of BatchNorm(x), in x's shape; the arguments are those of `nn.BatchNorm`."""
         y = super().__call__(x, use_running_average, mask=mask)
-        form, variance = Form.parse(self.form), jnp.asarray(self.get_variable("batch_stats", "var"))
-        features = variance.shape if form.axes else ()
-        return applied_behind(
-            function_of(self, y),
-            y,
-            self.axis,
-            scale=self.get_variable("params", "scale") if self.use_scale else None,
-            bias=self.get_variable("params", "bias") if self.use_bias else None,
-            variance=variance,
-            epsilon=self.epsilon,
-            form=form,
-            alpha=self.param("alpha", nn.initializers.zeros, features) if form.learned else None,
+        form = Form.parse(self.form)
+        if form.learned:
+            features = self.get_variable("batch_stats", "var").shape if form.axes else ()
+            self.param("alpha", nn.initializers.zeros, features)
+        return self.activate(y)
+
+    @property
+    def activation(self) -> Activation:
+        """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
+        return tempered(function_of(self), Form.parse(self.form).nonlinearity)
+
+    def activate(self, y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The normalized activation alone, of what BatchNorm gives out."""
+        return applied_behind(function_of(self, y), y, self.axis, Form.parse(self.form), self.normalization(y.dtype))
+
+    def normalization(self, dtype: DTypeLike = jnp.float32) -> Normalization:
+        """Factor and shift that follow from the layer's parameters, for an input of this dtype."""
+        form = Form.parse(self.form)
+        mean, std = behind_batch_norm(
+            self.get_variable("params", "scale") if self.use_scale else None,
+            self.get_variable("params", "bias") if self.use_bias else None,
+            jnp.asarray(self.get_variable("batch_stats", "var"), wide_dtype(dtype)),
+            self.epsilon,
         )
+        alpha = self.get_variable("params", "alpha") if form.learned else None
+        return closed_normalization(function_of(self), mean, std, form, alpha=alpha)
 
 
 def function_of(layer: ANAct | BatchNormAct, x: Array | None = None) -> Activation:

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Shaped
 
 from anact_jax import activations
 from anact_jax.activations import tempered
-from anact_jax.closed import BEHIND_BATCH_NORM, applied_behind, check_closed
-from anact_jax.elementwise import Activation
+from anact_jax.closed import BEHIND_BATCH_NORM, applied_behind, behind_batch_norm, check_closed, closed_normalization
+from anact_jax.elementwise import Activation, wide_dtype
+from anact_jax.factors import Normalization
 from anact_jax.form import DEFAULT, Form
 from anact_jax.running import check_momentum
 from anact_jax.statistics import Stats, canonical_axes
@@ -217,18 +218,27 @@ class BatchNormAct(nnx.BatchNorm):
         mask: Shaped[Array, "..."] | None = None,
     ) -> Float[Array, "*shape"]:
         """Normalized activation of BatchNorm(x), in x's shape; the arguments are those of `nnx.BatchNorm`."""
-        y = super().__call__(x, use_running_average, mask=mask)
-        return applied_behind(
-            self.fn,
-            y,
-            self.axis,
-            scale=None if self.scale is None else self.scale[...],
-            bias=None if self.bias is None else self.bias[...],
-            variance=self.var[...],
-            epsilon=self.epsilon,
-            form=self.form,
-            alpha=None if self.alpha is None else self.alpha[...],
+        return self.activate(super().__call__(x, use_running_average, mask=mask))
+
+    @property
+    def activation(self) -> Activation:
+        """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
+        return tempered(self.fn, self.form.nonlinearity)
+
+    def activate(self, y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The normalized activation alone, of what BatchNorm gives out."""
+        return applied_behind(self.fn, y, self.axis, self.form, self.normalization(y.dtype))
+
+    def normalization(self, dtype: DTypeLike = jnp.float32) -> Normalization:
+        """Factor and shift that follow from the layer's parameters, for an input of this dtype."""
+        mean, std = behind_batch_norm(
+            None if self.scale is None else self.scale[...],
+            None if self.bias is None else self.bias[...],
+            self.var[...].astype(wide_dtype(dtype)),
+            self.epsilon,
         )
+        alpha = None if self.alpha is None else self.alpha[...]
+        return closed_normalization(self.fn, mean, std, self.form, alpha=alpha)
 
 
 class NReLU(ANAct):

@@ -39,4 +39,9 @@ def test_program_leaves_numbers_and_a_picture(run_main, tmp_path):
 
 
 def test_bad_settings_end_in_one_line(refused):
-    refused(closed_factor, "--norm", "layer", message="norm must be batch, whose parameters are read, got 'layer'")
+    refused(
+        closed_factor,
+        "--norm",
+        "layer",
+        message="have factors in closed form, got layer, closed and nswish",
+    )

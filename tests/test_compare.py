@@ -81,7 +81,8 @@ def outcome(validation, test=None, diverged=False):
 
 
 def cell(seed=0, rate=0.1, on_test=True, **settings):
-    return Cell(Recipe(learning_rate=rate, seed=seed, validation_images=360, **settings), on_test)
+    usual = {"validation_images": 360, "behind": "measured"}
+    return Cell(Recipe(learning_rate=rate, seed=seed, **(usual | settings)), on_test)
 
 
 def test_learning_rate_is_chosen_by_all_choice_seeds_and_never_by_the_test_split(tmp_path):
@@ -131,6 +132,8 @@ def test_the_key_of_a_cell_spells_the_form_out():
     assert cell(form="default").key == cell(form=str(DEFAULT)).key != cell(form="published").key
     assert cell(activation="swish").key == cell(activation="swish", form="published").key  # of no meaning there
     assert cell(momentum=0.8).key != cell().key
+    assert cell(behind="closed").key == cell(behind="closed", form="published").key != cell(form="published").key
+    assert cell(norm="none").key == cell(norm="none", behind="closed").key  # of no meaning there
     assert cell(on_test=False).key != cell().key
     assert cell()._replace(variation="another").key != cell().key
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -7,8 +8,21 @@ import numpy as np
 import pytest
 
 from anact_jax import DEFAULT, PUBLISHED, activation_stats, tempered
-from anact_jax.linen import ANAct
-from experiments.networks import MODELS, NORMS, ActivationName, Plain, activation_layer, make_layers, make_model
+from anact_jax.closed import BEHIND_BATCH_NORM
+from anact_jax.linen import ANAct, BatchNormAct
+from experiments.config import Recipe
+from experiments.data import load
+from experiments.networks import (
+    MODELS,
+    NORMS,
+    ActivationName,
+    Plain,
+    activation_layer,
+    make_layers,
+    make_model,
+    on_each,
+)
+from experiments.networks.build import make_network
 from experiments.networks.mlp import MLP
 from experiments.training.gains import factor_range, gains_of
 
@@ -143,6 +157,28 @@ def test_gains_lists_every_activation_in_order_of_execution():
     low, high = factor_range(variables | updates, form)
     factors = [float(layer.factor) for layer in layers]
     np.testing.assert_allclose((low, high), (min(factors), max(factors)), rtol=1e-5)
+
+
+def test_a_recipe_with_batch_norm_measures_no_activation_unless_asked():
+    recipe, dataset = Recipe(model="resnet20"), load("digits")
+    closed = make_network(recipe, dataset)
+    images = jnp.zeros((4, 8, 8, 1))
+    seen = []
+    with on_each(ANAct | BatchNormAct | Plain, lambda module, x: seen.append(module)):
+        variables = initialized(closed, images)
+    assert len([module for module in seen if isinstance(module, Plain)]) == 9  # behind the additions
+    forms = {module.form for module in seen if isinstance(module, BatchNormAct)}
+    assert forms == {BEHIND_BATCH_NORM}
+    assert len(gains_of(closed, images)(variables)) == 19
+    plain = make_network(dataclasses.replace(recipe, activation="swish"), dataset)
+    count = len(jax.tree.leaves(variables["batch_stats"]))
+    assert count == len(jax.tree.leaves(jax.eval_shape(lambda: initialized(plain, images))["batch_stats"]))
+    seen.clear()
+    with on_each(ANAct | BatchNormAct | Plain, lambda module, x: seen.append(module)):
+        jax.eval_shape(
+            lambda: initialized(make_network(dataclasses.replace(recipe, behind="measured"), dataset), images)
+        )
+    assert {(type(module), module.form) for module in seen} == {(ANAct, DEFAULT)}
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 
 import jax
@@ -8,8 +9,9 @@ from PIL import Image
 from test_train_resnet import DATASET, config, small_model
 
 from anact_jax import DEFAULT
+from anact_jax.closed import BEHIND_BATCH_NORM
 from experiments import predict, train_resnet
-from experiments.config import Experiment, read_experiment
+from experiments.config import SETTINGS, Experiment, read_experiment
 from experiments.data import load
 from experiments.predict import make_classifier, read_image
 from experiments.training.steps import make_steps
@@ -75,7 +77,17 @@ def test_settings_come_back_as_they_were_written(tmp_path):
     train_resnet.prepare_workdir(tmp_path, config)
     assert read_experiment(tmp_path) == config
     train_resnet.prepare_workdir(tmp_path, dataclasses.replace(config, form="default"))
-    assert read_experiment(tmp_path).form == str(DEFAULT)  # spelled out: the default may change
+    assert read_experiment(tmp_path).form == str(BEHIND_BATCH_NORM)  # spelled out: the default may change
+    train_resnet.prepare_workdir(tmp_path, dataclasses.replace(config, form="default", norm="none"))
+    assert read_experiment(tmp_path).form == str(DEFAULT)
+
+
+def test_settings_from_before_there_was_a_closed_form_mean_the_measured_one(tmp_path):
+    config = Experiment(behind="measured")
+    saved = json.loads(config.to_json())
+    del saved["behind"], saved["mixup"]
+    (tmp_path / SETTINGS).write_text(json.dumps(saved))
+    assert read_experiment(tmp_path).recipe == config.recipe
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, run_main):

@@ -109,7 +109,8 @@ def test_help_explains_every_setting(capsys, run_main):
 
 
 def config(**settings):
-    return Experiment(**({"epochs": 6, "batch_size": 32, "learning_rate": 0.05} | settings))
+    usual = {"epochs": 6, "batch_size": 32, "learning_rate": 0.05, "behind": "measured"}
+    return Experiment(**(usual | settings))
 
 
 @pytest.mark.parametrize("activation", [pytest.param("swish", marks=pytest.mark.slow), "nswish"])

@@ -8,6 +8,7 @@ import flax.linen as nn
 
 from experiments.networks.cnn import VGG, PlainCNN
 from experiments.networks.layers import (
+    BEHIND,
     INITS,
     NORMS,
     Join,
@@ -15,6 +16,7 @@ from experiments.networks.layers import (
     Layers,
     Plain,
     activation_layer,
+    in_closed_form,
     make_layers,
     on_each,
 )
@@ -23,6 +25,7 @@ from experiments.networks.names import ActivationName, check_name
 from experiments.networks.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet, WideResNet
 
 __all__ = [
+    "BEHIND",
     "CHAINS",
     "INITS",
     "MODELS",
@@ -35,6 +38,7 @@ __all__ = [
     "Plain",
     "activation_layer",
     "check_name",
+    "in_closed_form",
     "make_layers",
     "make_model",
     "on_each",

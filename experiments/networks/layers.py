@@ -11,10 +11,11 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from anact_jax import ACTIVATIONS, Activation
-from anact_jax.linen import ANAct
+from anact_jax import ACTIVATIONS, Activation, Form
+from anact_jax.linen import ANAct, BatchNormAct
 from experiments.networks.names import ActivationName, check_name
 
+BEHIND = ("closed", "measured")
 INITS = {"lecun": 1.0, "he": 2.0}  # variance of a weight times fan-in
 NORMS = ("batch", "group", "layer", "none")
 
@@ -177,3 +178,14 @@ def make_layers(
         act=activation_layer(activation, **activation_options),
         join=Join,
     )
+
+
+def in_closed_form(layers: Layers, fn: Activation, form: Form | str) -> Layers:
+    """The same, but each activation directly behind batch normalization is one `BatchNormAct` with it, others plain."""
+
+    def norm_act(inference: bool) -> BatchNormAct:
+        norm: Any = layers.norm(inference)
+        options = {name: getattr(norm, name) for name in ("use_running_average", "momentum", "dtype")}
+        return BatchNormAct(**options, fn=fn, form=form)
+
+    return layers._replace(norm_act=norm_act, act=lambda inference: Plain(fn))

@@ -29,10 +29,9 @@ from experiments.config import Recipe, Storage
 from experiments.data import DataError, Dataset
 from experiments.data.pipeline import standardize
 from experiments.networks import on_each
-from experiments.networks.build import check_devices
-from experiments.studies.ensemble import training
+from experiments.networks.build import check_devices, layers_of, make_network
+from experiments.studies.ensemble import for_ensemble, training
 from experiments.studies.gradient_variance import four_digits
-from experiments.studies.rivals import network_of
 from experiments.training.loop import evaluate
 from experiments.training.steps import make_steps, steps_per_epoch
 
@@ -61,8 +60,11 @@ class Config(Storage, Recipe):
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
         super().check()
-        if self.norm != "batch":
-            raise ValueError(f"norm must be batch, whose parameters are read, got {self.norm!r}")
+        if not self.is_closed:
+            raise ValueError(
+                "only norm batch, behind closed and a normalized activation have factors in closed form, got "
+                f"{self.norm}, {self.behind} and {self.activation}"
+            )
 
 
 class Off(NamedTuple):
@@ -80,8 +82,9 @@ def main() -> int:
         config.check()
         check_devices(config.batch_size)
         dataset = config.load(config)
+        config.check_batch(dataset)
         recipe = Recipe.part_of(config)
-        model = network_of(recipe, "closed, plain after additions", dataset)
+        model = make_network(recipe, dataset, for_ensemble(layers_of(recipe)))
         config.output.parent.mkdir(parents=True, exist_ok=True)
     except (DataError, ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)

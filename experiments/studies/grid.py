@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from experiments.config import BEFORE_ADDED, Data, Recipe, Storage
+from experiments.config import Data, Recipe, Storage, with_added
 from experiments.data import Dataset
 from experiments.studies.ensemble import training
 from experiments.training.loop import evaluate
@@ -77,7 +77,7 @@ class Results:
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
-                settings = {**BEFORE_ADDED, **record["cell"]}
+                settings = with_added(record["cell"])
                 self._outcomes[json.dumps(settings, sort_keys=True)] = record["outcome"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: not a finished cell; remove that line") from error

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,10 +15,10 @@ from dks.base.activation_transform import get_transformed_activations
 from jaxtyping import Array, Float
 
 from anact_jax import ACTIVATIONS, Activation, gaussian_stats, normalization, tempered
-from anact_jax.linen import ANAct, BatchNormAct
+from anact_jax.linen import ANAct
 from experiments.config import Recipe
 from experiments.data import Dataset
-from experiments.networks import ActivationName, Join, Layers, Plain, on_each
+from experiments.networks import ActivationName, Join, Layers, Plain, in_closed_form, on_each
 from experiments.networks.build import layers_of, make_network
 from experiments.studies.ensemble import conv_by_matmul, for_ensemble
 from experiments.studies.grid import not_run_today
@@ -189,15 +189,8 @@ def _closed(recipe: Recipe, layers: Layers, dataset: Dataset, after_additions: s
     """BatchNorm's own parameters instead of measurements, for each activation directly behind it."""
     if recipe.norm != "batch":
         raise ValueError(f"the closed form stands behind norm 'batch', not {recipe.norm!r}")
-    fn, norm = ACTIVATIONS[ActivationName.parse(recipe.activation).base], layers.norm
-
-    def norm_act(inference: bool) -> BatchNormAct:
-        plain: Any = norm(inference)
-        options = {name: getattr(plain, name) for name in ("use_running_average", "momentum", "dtype")}
-        return BatchNormAct(**options, fn=fn, form=recipe.form)
-
-    layers = layers._replace(norm_act=norm_act)
-    return layers if after_additions == "measured" else layers._replace(act=lambda inference: Plain(fn))
+    closed = in_closed_form(layers, ACTIVATIONS[ActivationName.parse(recipe.activation).base], recipe.form)
+    return closed._replace(act=layers.act) if after_additions == "measured" else closed
 
 
 VARIATIONS_OF_FORMS: Mapping[str, Callable[[Recipe, Layers, Dataset], Layers]] = MappingProxyType(

@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from anact_jax import Form
-from anact_jax.diagnostics import LayerGains, gains_on_batch, linen_layers
-from anact_jax.linen import ANAct
+from anact_jax.diagnostics import ACTIVATIONS, LayerGains, gains_on_batch, linen_layers
 from experiments.networks import Plain
 
 Gains: TypeAlias = Callable[[PyTree[Array | np.ndarray]], list[LayerGains]]
@@ -27,7 +26,7 @@ def gains_of(model: nn.Module, images: Float[np.ndarray, "n h w c"] | Float[Arra
         logits: Any = model.apply(variables, images, train=False)
         return jnp.sum(logits)
 
-    measure = jax.jit(gains_on_batch(total, (ANAct, Plain)))
+    measure = jax.jit(gains_on_batch(total, (*ACTIVATIONS, Plain)))
     return lambda variables: list(jax.device_get(measure(jax.device_get(variables), images)))
 
 
