@@ -287,6 +287,8 @@ class Run(Storage):
     """leave a step out whose loss or gradient is not finite, instead of stopping"""
     fresh_statistics: bool = False
     """go on from a checkpoint of another activation or form: statistics that it lacks start anew"""
+    compare: bool = False
+    """train with the plain activation too, first and with the same settings, and draw both in one picture"""
     processes: int = 1
     """processes that train together, each with its part of every batch; start all, with the same --workdir"""
     process: int = 0

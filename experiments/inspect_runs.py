@@ -3,24 +3,21 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 from experiments.cli import BAD_SETTINGS, FAILED, fail
 
 # isort: split
 
 import jax
-import optax
 import tyro
-from jaxtyping import Array
 from tyro.conf import Positional
 
-from anact_jax.diagnostics import LayerVariances, table, variances
+from anact_jax.diagnostics import LayerVariances, table
 from anact_jax.plots import draw
 from experiments.config import check_positive
-from experiments.data import Batch, DataError, evaluation_batches
+from experiments.data import DataError, evaluation_batches
 from experiments.training.checkpoints import CheckpointError, silence_orbax
-from experiments.training.runs import Run, load_run
+from experiments.training.runs import Run, load_run, variances_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +62,7 @@ def main() -> int:
 def layer_variances(run: Run, images: int) -> dict[str, tuple[LayerVariances, ...]]:
     """Of a run's network before and after training, on a batch of its test images."""
     batch = next(evaluation_batches(run.dataset, images))
-
-    def loss(variables: dict[str, Any], batch: Batch) -> Array:
-        logits, _ = run.model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
-        losses: Array = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return losses.mean(where=batch.valid)
-
-    measure = jax.jit(variances(loss))
+    measure = variances_of(run.model)
     states = {"at the start": run.initial, "trained": run.trained}
     return {when: jax.device_get(measure(state.variables, batch)) for when, state in states.items()}
 

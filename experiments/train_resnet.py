@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, by_group, fail, say
 
@@ -21,19 +22,21 @@ from anact_jax.plots import draw
 from experiments.config import SETTINGS, Data, Experiment, Network, Recipe, read_experiment, read_settings
 from experiments.data import DataError, Dataset, evaluation_batches, training_batches
 from experiments.data.sets import one_line
-from experiments.networks import check_name
+from experiments.networks import ActivationName, check_name
 from experiments.networks.build import check_devices, make_network
 from experiments.recipes import RECIPES
 from experiments.training.checkpoints import CheckpointError, Checkpoints, silence_orbax
+from experiments.training.comparison import draw_comparison
 from experiments.training.gains import gains_of, worst_gains
 from experiments.training.loop import BadStepError, PreemptedError, first_state, train
-from experiments.training.metrics import MetricsLog, Unheard, draw_learning_curves, show_pictures
+from experiments.training.metrics import MetricsLog, Unheard, draw_learning_curves, read_metrics, show_pictures
 from experiments.training.processes import StopSignal, connect
 from experiments.training.steps import make_steps
 
 GAIN_IMAGES = 256  # test images on which gains are measured
 _MAIN = (
-    "dataset", "model", "activation", "form", "norm", "epochs", "batch_size", "learning_rate", "seed", "workdir",
+    "dataset", "model", "activation", "form", "norm", "epochs", "batch_size", "learning_rate", "seed",
+    "workdir", "compare",
 )  # fmt: skip
 
 
@@ -45,11 +48,51 @@ def main() -> int:
     except (ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
     with StopSignal() as stop:
-        return run(config, stop)
+        return run_both(config, stop) if config.compare else run(config, stop)
 
 
-def run(config: Experiment, stop: StopSignal) -> int:
-    """Trains, or goes on; saves and ends when `stop` says so. Returns the exit status, and says what went wrong."""
+def run_both(config: Experiment, stop: StopSignal) -> int:
+    """Trains with the plain activation, in a folder within the run's own, then as `run` does.
+
+    Where the activation of the run is a plain one itself there is nothing to compare.
+    """
+    try:
+        config.check()
+        if not ActivationName.parse(config.activation).normalized:
+            return run(config, stop)
+        config = dataclasses.replace(config, workdir=find_workdir(config))
+    except (ValueError, OSError) as error:
+        return fail(str(error), BAD_SETTINGS)
+    plain = plain_one(config)
+    status = run(plain, stop, part_of=config)
+    if status not in (0, FAILED):  # a plain activation that diverges is a result
+        return status
+    return run(config, stop, beside=plain)
+
+
+def plain_one(config: Experiment) -> Experiment:
+    """The same with the plain activation; what has no effect then as if it was not set."""
+    unheeded: dict[str, Any] = {
+        field.name: field.default
+        for field in dataclasses.fields(Network)
+        if field.name in ("form", "behind", "activation_momentum")
+    }
+    assert config.workdir is not None
+    base = ActivationName.parse(config.activation).base
+    return dataclasses.replace(config, **unheeded, activation=base, workdir=config.workdir / "plain")
+
+
+def run(
+    config: Experiment, stop: StopSignal, *, part_of: Experiment | None = None, beside: Experiment | None = None
+) -> int:
+    """Trains, or goes on; saves and ends when `stop` says so. Returns the exit status, and says what went wrong.
+
+    Args:
+        config: the settings.
+        stop: asked after each step.
+        part_of: the run whose command goes on with this one; by default itself.
+        beside: a run that has ended, to be drawn in one picture with this one.
+    """
     try:
         config.check()
         workdir = find_workdir(config)
@@ -72,6 +115,8 @@ def run(config: Experiment, stop: StopSignal) -> int:
                 return fail(str(error), BAD_SETTINGS)
             if start is not None:
                 say(f"going on from step {start.step} in {workdir}")
+            if part_of is not None:
+                say(f"first with plain {config.activation}, for comparison; --no-compare leaves this out")
             devices = jax.devices()
             say(f"training on {len(devices)} x {devices[0].device_kind}; the first step is compiled before it is taken")
             records = start.records if start else ()
@@ -90,7 +135,8 @@ def run(config: Experiment, stop: StopSignal) -> int:
             sys.stderr.flush()
             os._exit(status)  # the way out of Python waits for the others
     except PreemptedError:
-        status = fail(f"asked to stop; saved, the same command with --workdir {workdir} goes on", PREEMPTED)
+        whole = part_of.workdir if part_of else workdir
+        status = fail(f"asked to stop; saved, the same command with --workdir {whole} goes on", PREEMPTED)
     except KeyboardInterrupt:
         status = fail(f"interrupted; what was measured is in {workdir}", INTERRUPTED)
     else:
@@ -103,8 +149,20 @@ def run(config: Experiment, stop: StopSignal) -> int:
         draw({"trained": gains(state.evaluated)}).savefig(pictures[1], dpi=120)
         show_pictures(workdir, *pictures)
         print(f"pictures: {pictures[0]}, {pictures[1]}")
-        print(f"test_accuracy={accuracy:.4f} workdir={workdir}")
+        if beside is not None:
+            both, picture = (beside, dataclasses.replace(config, workdir=workdir)), workdir / "comparison.png"
+            draw_comparison(both, dataset, picture)
+            print(f"{beside.activation}: {accuracy_of(beside)}, {config.activation}: {accuracy:.4f}; both: {picture}")
+        if part_of is None:
+            print(f"test_accuracy={accuracy:.4f} workdir={workdir}")
     return status
+
+
+def accuracy_of(run: Experiment) -> str:
+    """The last test accuracy of a run that has ended, as its log has it."""
+    assert run.workdir is not None
+    measured = [record["test_accuracy"] for record in read_metrics(run.workdir) if "test_accuracy" in record]
+    return f"{measured[-1]:.4f}" if measured else "diverged in the first epoch"
 
 
 def parse(arguments: Sequence[str]) -> Experiment:

@@ -21,7 +21,17 @@ from experiments.training.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = ["--model=mlp5", "--epochs=4", "--batch-size=64", "--train-images=512", "--save-every-steps=1", "--keep=2"]
+SETTINGS = [
+    "--no-compare",
+    "--model=mlp5",
+    "--norm=batch",
+    "--behind=measured",
+    "--epochs=4",
+    "--batch-size=64",
+    "--train-images=512",
+    "--save-every-steps=1",
+    "--keep=2",
+]
 STEPS = 32
 
 

@@ -203,7 +203,8 @@ def test_padding_does_not_count_in_evaluation():
 @pytest.mark.slow
 @pytest.mark.usefixtures("heed_ctrl_c")
 def test_ctrl_c_leaves_readable_results(tmp_path):
-    run = subprocess.Popen([*PROGRAM, "--workdir", tmp_path], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [*PROGRAM, "--no-compare", "--workdir", tmp_path]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not (tmp_path / "metrics.jsonl").exists() or (tmp_path / "metrics.jsonl").stat().st_size == 0:
         assert time.monotonic() < deadline
@@ -221,7 +222,8 @@ def test_ctrl_c_leaves_readable_results(tmp_path):
 
 @pytest.mark.slow
 def test_program_leaves_its_results_in_workdir(tmp_path):
-    arguments = ["--epochs", "2", "--workdir", tmp_path / "run", "--activation", "ngelu", "--norm", "group"]
+    arguments = ["--model", "resnet20", "--epochs", "2", "--activation", "ngelu", "--norm", "group", "--no-compare"]
+    arguments += ["--workdir", tmp_path / "run"]
     run = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, check=True)
     records = read_metrics(tmp_path / "run")
     assert run.stdout.splitlines()[-1] == (
@@ -255,7 +257,33 @@ def test_program_leaves_its_results_in_workdir(tmp_path):
 def test_a_recipe_is_where_settings_start():
     config = train_resnet.parse(["--seed", "3", "--recipe", "resnet50_cifar100", "--epochs", "7"])
     assert config == dataclasses.replace(RECIPES["resnet50_cifar100"].config, seed=3, epochs=7)
-    assert train_resnet.parse([]) == RECIPES["digits"].config == Experiment()
+    assert train_resnet.parse([]) == RECIPES["digits"].config
+
+
+@pytest.mark.slow
+def test_the_plain_activation_is_trained_beside_and_drawn_in_the_same_picture(tmp_path, run_main):
+    arguments = ("--model", "mlp10", "--epochs", "2", "--learning-rate", "0.02", "--workdir", str(tmp_path))
+    status, output = run_main(train_resnet, *arguments)
+    assert status == 0
+    accuracies = [read_metrics(folder)[-1]["test_accuracy"] for folder in (tmp_path / "plain", tmp_path)]
+    assert accuracies[0] < 0.5 < accuracies[1]
+    *_, both, last = output.out.splitlines()
+    picture = tmp_path / "comparison.png"
+    assert both == f"swish: {accuracies[0]:.4f}, nswish: {accuracies[1]:.4f}; both: {picture}"
+    assert last == f"test_accuracy={accuracies[1]:.4f} workdir={tmp_path}"
+    assert picture.stat().st_size > 10_000
+    assert "first with plain swish, for comparison; --no-compare leaves this out" in output.err
+    status, again = run_main(train_resnet, *arguments)  # goes on, and has nothing left to do
+    assert status == 0
+    assert again.out == output.out
+
+
+@pytest.mark.slow
+def test_a_plain_activation_that_diverges_ends_nothing(tmp_path, run_main):
+    arguments = ("--model", "resmlp100", "--epochs", "1", "--learning-rate", "0.5", "--train-images", "256")
+    status, output = run_main(train_resnet, *arguments, "--warmup-epochs", "0", "--workdir", str(tmp_path))
+    assert status == 0
+    assert "swish: diverged in the first epoch, nswish: 0." in output.out
 
 
 def test_what_a_run_wrote_is_where_settings_start(tmp_path):

@@ -12,8 +12,8 @@ _SILENCE = 20  # seconds without a sign of life after which a process counts as 
 
 
 def connect(config: Experiment) -> None:
-    """Waits for the other processes, if there are any; to be called before JAX computes anything."""
-    if config.processes > 1:
+    """Waits for the other processes, if there are any; to be called before JAX computes anything. Once is enough."""
+    if config.processes > 1 and not jax.distributed.is_initialized():
         jax.distributed.initialize(
             config.coordinator,
             config.processes,

@@ -1,13 +1,18 @@
-"""Finished runs of train_resnet.py, read back."""
+"""Finished runs of train_resnet.py, read back, and what their layers did."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
+import optax
+from jaxtyping import Array
 
+from anact_jax.diagnostics import LayerVariances, variances
 from experiments.cli import say
 from experiments.config import Experiment, read_experiment
-from experiments.data import Dataset
+from experiments.data import Batch, Dataset
 from experiments.networks.build import make_network
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.steps import TrainState, make_steps
@@ -49,3 +54,14 @@ def load_run(workdir: Path, *, best: bool = False) -> Run:
     if position is None:
         raise ValueError(f"{workdir} has no checkpoint yet; train first: python experiments/train_resnet.py")
     return Run(config, dataset, model, initial, position.state)
+
+
+def variances_of(model: nn.Module) -> Callable[[dict[str, Any], Batch], tuple[LayerVariances, ...]]:
+    """The function from variables and a batch to a network's signals and gradients by layer, in training mode."""
+
+    def loss(variables: dict[str, Any], batch: Batch) -> Array:
+        logits, _ = model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
+        losses: Array = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        return losses.mean(where=batch.valid)
+
+    return jax.jit(variances(loss))
