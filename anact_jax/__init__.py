@@ -13,6 +13,8 @@ from anact_jax.running import restored, update_stats
 from anact_jax.statistics import MOMENTS, Stats, activation_stats, informative
 from anact_jax.step import anact, initial_stats, normalize
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ACTIVATIONS",
     "DEFAULT",

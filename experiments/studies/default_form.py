@@ -23,6 +23,7 @@ from experiments.studies.intervals import Interval
 from experiments.studies.rivals import DEEP_KERNEL_SHAPING
 from experiments.studies.tables import NORM_NAMES, Place, Runs, Side, Table, arrange
 
+IN_SHORT = ("relu", "swish", "tanh")
 ALLOWED_LOSS = 0.003  # accuracy
 WITHIN = 0.01  # of the best: a learning rate that is usable, a form as good as a rival
 MAIN_DATA = "fashion_mnist"
@@ -83,7 +84,8 @@ def main() -> int:
         choice, verdict = (_results_in(folder) for folder in (config.choice, config.workdir))
     except (ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
-    print(forms_table(choice), ways_table(choice), report(rows_of(verdict, form)), sep="\n\n")
+    rows = rows_of(verdict, form)
+    print(forms_table(choice), ways_table(choice), report(rows), short_table(rows), sep="\n\n")
     return 0
 
 
@@ -199,9 +201,20 @@ def report(rows: list[Row]) -> str:
     """Tables, one for each network, and what they come to."""
     parts = []
     for network in dict.fromkeys(row.network for row in rows):
-        lines = [_line(row, len(rows)) for row in rows if row.network == network]
+        lines = [table_row(*_cells(row, len(rows))) for row in rows if row.network == network]
         parts.append("\n".join([f"**{network}**", "", *_HEADER, *lines]))
     return "\n\n".join([*parts, _against_rivals(rows), _sum(rows)])
+
+
+def short_table(rows: list[Row]) -> str:
+    """One table of the activations that most people use."""
+    head = ("network", "activation", "plain, %", "default, %", "difference, points", "best rival", "default - rival")
+    lines = [table_head(*head)]
+    for row in rows:
+        if row.activation in IN_SHORT:
+            _, plain, default, difference, _, _, rival, against = _cells(row, len(rows))
+            lines.append(table_row(row.network, row.activation, plain, default, difference, rival, against))
+    return "\n".join(lines)
 
 
 def _against_rivals(rows: list[Row]) -> str:
@@ -217,11 +230,11 @@ def _against_rivals(rows: list[Row]) -> str:
     return "\n".join(["**Default less each rival**", "", table_head("network", "activation", *names), *lines])
 
 
-def _line(row: Row, comparisons: int) -> str:
+def _cells(row: Row, comparisons: int) -> list[str]:
     difference, rival = row.difference, row.best_rival
     corrected = half_width(difference, len(row.default.verdict), comparisons)
     against = "" if rival is None else row.default.against(row.rivals[rival]).signed
-    cells = [
+    return [
         row.activation,
         f"{row.plain.accuracy()} at {row.plain.rate:g}",
         f"{row.default.accuracy()} at {row.default.rate:g}",
@@ -231,7 +244,6 @@ def _line(row: Row, comparisons: int) -> str:
         "" if rival is None else f"{rival} {row.rivals[rival].accuracy()}",
         against,
     ]
-    return table_row(*cells)
 
 
 def _ratio(value: float) -> str:

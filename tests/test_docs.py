@@ -1,0 +1,95 @@
+"""The documentation's snippets run, its links lead somewhere, and its reference has every public name."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import jax
+import matplotlib
+import pytest
+
+import anact_jax
+import anact_jax.diagnostics
+import anact_jax.export
+import anact_jax.linen
+import anact_jax.nnx
+import anact_jax.plots
+import anact_jax.theory
+
+matplotlib.use("Agg")
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+NOTEBOOK = ROOT / "examples" / "tutorial.ipynb"
+WITH_SNIPPETS = [page for page in PAGES if "```python" in page.read_text()]
+
+
+def run(snippets, name):
+    namespace = {"__name__": name}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for snippet in snippets:
+            exec(compile(snippet, name, "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+def test_snippets_run(page):
+    run(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL), page.name)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_notebook_runs_and_shows_the_difference():
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    found = run(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"], NOTEBOOK.name)
+    assert found["plain"][-1] < 0.2
+    assert found["normalized"][-1] > 0.9
+    assert found["yours"][-1] > 0.5
+    matplotlib.pyplot.close("all")
+
+
+def public_names():
+    yield from (f"anact_jax.{name}" for name in anact_jax.__all__)
+    for module in (anact_jax.linen, anact_jax.nnx, *(getattr(anact_jax, n) for n in ("diagnostics", "export", "plots", "theory"))):
+        for name, value in vars(module).items():
+            here = getattr(value, "__module__", None) == module.__name__
+            if here and not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
+                yield f"{module.__name__}.{name}"
+
+
+INTERNAL = {"anact_jax.linen.function_of", "anact_jax.diagnostics.Name"}
+
+
+def test_reference_has_every_public_name():
+    reference = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    listed = set(re.findall(r"^::: (\S+)$", reference, flags=re.MULTILINE))
+    assert set(public_names()) - listed == INTERNAL
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_of_pages_outside_the_site_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    assert links
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_every_page_stands_in_the_navigation():
+    navigation = re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    assert sorted(navigation) == [str(page.relative_to(DOCS)) for page in PAGES]
+
+
+@pytest.mark.parametrize(
+    ("shown", "drawn"),
+    [
+        ("closed_factor", "behind_batch_norm/closed_factor"),
+        ("cost", "cost/cost"),
+        ("default", "default"),
+    ],
+)
+def test_pictures_are_those_of_the_studies(shown, drawn):
+    original = ROOT / "experiments" / "results" / f"{drawn}.png"
+    assert (DOCS / "pictures" / f"{shown}.png").read_bytes() == original.read_bytes()
