@@ -85,8 +85,9 @@ def activation(name: str) -> Activation:
     Raises:
         ValueError: no activation has this name; the message lists those that exist.
 
-    >>> activation("relu")(jnp.array([-1.0, 2.0]))
-    Array([0., 2.], dtype=float32)
+    Examples:
+        >>> activation("relu")(jnp.array([-1.0, 2.0]))
+        Array([0., 2.], dtype=float32)
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}; expected one of {', '.join(ACTIVATIONS)}")
@@ -107,8 +108,9 @@ def nonlinearity(f: Activation) -> Float[Array, ""]:
     Returns:
         A number >= 0; inf for a constant.
 
-    >>> print(*(f"{nonlinearity(f):.3f}" for f in (relu, swish, tanh, sigmoid)))
-    0.467 0.212 0.178 0.034
+    Examples:
+        >>> print(*(f"{nonlinearity(f):.3f}" for f in (relu, swish, tanh, sigmoid)))
+        0.467 0.212 0.178 0.034
     """
     stats = gaussian_stats(f)
     return jnp.where(stats.var_out > 0, jnp.maximum(stats.slope_sq / stats.var_out - 1, 0), jnp.inf)
@@ -136,9 +138,10 @@ def tempered(f: Activation, limit: float | None) -> Activation:
     Raises:
         ValueError: limit is not a positive number.
 
-    >>> leaky = tempered(relu, 0.1)
-    >>> print(f"{nonlinearity(leaky):.3f} {leaky(-1.0):.3f} {leaky(1.0):.3f}")
-    0.100 -0.725 1.725
+    Examples:
+        >>> leaky = tempered(relu, 0.1)
+        >>> print(f"{nonlinearity(leaky):.3f} {leaky(-1.0):.3f} {leaky(1.0):.3f}")
+        0.100 -0.725 1.725
     """
     if limit is None:
         return f

@@ -58,10 +58,11 @@ def closed_normalization(
         ValueError: the form is unknown, or asks for unit variance in each channel; or as `gaussian_stats` raises.
         TypeError: f(x) is not real floating point, or f has no forward-mode derivative.
 
-    >>> gamma, beta = jnp.array([1.0, 0.5]), jnp.array([0.0, 1.0])
-    >>> factor, shift = closed_normalization(jax.nn.relu, beta, gamma, "forward+center+feature")
-    >>> [round(float(value), 3) for value in (*factor, *shift)]
-    [1.713, 1.021, 0.399, 1.004]
+    Examples:
+        >>> gamma, beta = jnp.array([1.0, 0.5]), jnp.array([0.0, 1.0])
+        >>> factor, shift = closed_normalization(jax.nn.relu, beta, gamma, "forward+center+feature")
+        >>> [round(float(value), 3) for value in (*factor, *shift)]
+        [1.713, 1.021, 0.399, 1.004]
     """
     form = Form.parse(form)
     check_closed(form)

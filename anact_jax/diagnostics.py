@@ -164,13 +164,14 @@ def linen_gains(
     Raises:
         ValueError: there is no such layer, or its form does not use all moments; see `gains_on_batch`.
 
-    >>> from anact_jax import PUBLISHED
-    >>> from anact_jax.linen import NSwish
-    >>> model = nn.Sequential([nn.Dense(8), NSwish(form=PUBLISHED, use_running_average=True)])
-    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
-    >>> print(table(linen_gains(variables, PUBLISHED)))
-    layer     forward  backward  factor  shift  bare forward  bare backward
-    layers_1    0.969      1.03    1.65      0         0.356          0.379
+    Examples:
+        >>> from anact_jax import PUBLISHED
+        >>> from anact_jax.linen import NSwish
+        >>> model = nn.Sequential([nn.Dense(8), NSwish(form=PUBLISHED, use_running_average=True)])
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
+        >>> print(table(linen_gains(variables, PUBLISHED)))
+        layer     forward  backward  factor  shift  bare forward  bare backward
+        layers_1    0.969      1.03    1.65      0         0.356          0.379
     """
     layers = linen_layers(variables, form, collection=collection)
     if not layers:
@@ -187,9 +188,10 @@ def nnx_gains(model: nnx.Module) -> tuple[LayerGains, ...]:
     Raises:
         ValueError: as `linen_gains`.
 
-    >>> row, = nnx_gains(anact_jax.nnx.NReLU(form="mean+center+unit+feature"))
-    >>> round(float(row.forward), 3), round(float(row.factor), 3)
-    (0.841, 1.571)
+    Examples:
+        >>> row, = nnx_gains(anact_jax.nnx.NReLU(form="mean+center+unit+feature"))
+        >>> round(float(row.forward), 3), round(float(row.factor), 3)
+        (0.841, 1.571)
     """
     layers = _modules(model, (anact_jax.nnx.ANAct,))
     if not layers:
@@ -216,11 +218,12 @@ def pass_through(loss: Callable[..., Any], layers: tuple[type, ...] = LAYERS) ->
         TypeError: the loss is not one real number.
         ValueError: no such layer ran.
 
-    >>> def loss(weight, x):
-    ...     return jnp.sum(nn.Dense(3, use_bias=False).apply({"params": {"kernel": weight}}, x))
-    >>> passed, = jax.jit(pass_through(loss))(jnp.ones((2, 3)), jnp.array([[1.0, 2.0]]))
-    >>> passed.name, passed.entering.tolist(), passed.signal.tolist(), passed.gradient.tolist()
-    ('Dense', [[1.0, 2.0]], [[3.0, 3.0, 3.0]], [[1.0, 1.0, 1.0]])
+    Examples:
+        >>> def loss(weight, x):
+        ...     return jnp.sum(nn.Dense(3, use_bias=False).apply({"params": {"kernel": weight}}, x))
+        >>> passed, = jax.jit(pass_through(loss))(jnp.ones((2, 3)), jnp.array([[1.0, 2.0]]))
+        >>> passed.name, passed.entering.tolist(), passed.signal.tolist(), passed.gradient.tolist()
+        ('Dense', [[1.0, 2.0]], [[3.0, 3.0, 3.0]], [[1.0, 1.0, 1.0]])
     """
     through = _through(loss, layers, lambda module, name, entering: entering)
 
@@ -248,12 +251,13 @@ def gains_on_batch(
     Raises:
         TypeError, ValueError: see `pass_through`.
 
-    >>> model = nn.Sequential([nn.Dense(8), linen.NSwish(form="forward+center", use_running_average=True)])
-    >>> x = jax.random.normal(jax.random.key(0), (64, 4))
-    >>> variables = model.init(jax.random.key(1), x)
-    >>> measure = jax.jit(gains_on_batch(lambda variables, x: jnp.sum(model.apply(variables, x))))
-    >>> [row.name for row in measure(variables, x)]
-    ['layers_1']
+    Examples:
+        >>> model = nn.Sequential([nn.Dense(8), linen.NSwish(form="forward+center", use_running_average=True)])
+        >>> x = jax.random.normal(jax.random.key(0), (64, 4))
+        >>> variables = model.init(jax.random.key(1), x)
+        >>> measure = jax.jit(gains_on_batch(lambda variables, x: jnp.sum(model.apply(variables, x))))
+        >>> [row.name for row in measure(variables, x)]
+        ['layers_1']
     """
 
     def row(module: Any, name: str, entering: Array) -> LayerGains:
@@ -287,12 +291,13 @@ def variances(loss: Callable[..., Any], layers: tuple[type, ...] = LAYERS) -> Ca
     Raises:
         TypeError, ValueError: see `pass_through`.
 
-    >>> model = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(64), nn.relu, nn.Dense(1)])
-    >>> x = jax.random.normal(jax.random.key(0), (32, 16))
-    >>> params = model.init(jax.random.key(1), x)
-    >>> measure = jax.jit(variances(lambda params, x: jnp.mean(model.apply(params, x) ** 2)))
-    >>> [row.name for row in measure(params, x)]
-    ['layers_0', 'layers_2', 'layers_4']
+    Examples:
+        >>> model = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(64), nn.relu, nn.Dense(1)])
+        >>> x = jax.random.normal(jax.random.key(0), (32, 16))
+        >>> params = model.init(jax.random.key(1), x)
+        >>> measure = jax.jit(variances(lambda params, x: jnp.mean(model.apply(params, x) ** 2)))
+        >>> [row.name for row in measure(params, x)]
+        ['layers_0', 'layers_2', 'layers_4']
     """
     through = pass_through(loss, layers)
 
@@ -312,9 +317,10 @@ def table(rows: Rows) -> str:
     Raises:
         ValueError: no rows.
 
-    >>> print(table([LayerVariances("Dense_0", jnp.array(1.0), jnp.array(2e-7))]))
-    layer    signal  gradient
-    Dense_0       1     2e-07
+    Examples:
+        >>> print(table([LayerVariances("Dense_0", jnp.array(1.0), jnp.array(2e-7))]))
+        layer    signal  gradient
+        Dense_0       1     2e-07
     """
     if not rows:
         raise ValueError("a table needs at least one row, got none")

@@ -27,8 +27,9 @@ _ANY_LENGTH = 1789  # as no axis of a slope has
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype in which input of `dtype` is measured and scaled: float64 for float64, else float32.
 
-    >>> wide_dtype(jnp.bfloat16)
-    dtype('float32')
+    Examples:
+        >>> wide_dtype(jnp.bfloat16)
+        dtype('float32')
     """
     wide: jnp.dtype = jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
     return wide
@@ -87,8 +88,9 @@ def permanent(f: Any) -> bool:
     So can functions of the libraries below, and functions that a module holds by name and that read nothing but these
     libraries: no array, and no variable that could be set anew.
 
-    >>> permanent(jax.nn.swish), permanent(lambda x: x)
-    (True, False)
+    Examples:
+        >>> permanent(jax.nn.swish), permanent(lambda x: x)
+        (True, False)
     """
     module, name = getattr(f, "__module__", None), getattr(f, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str):

@@ -51,10 +51,11 @@ def constants(layer: Trained | linen.BatchNormAct | nnx.BatchNormAct) -> Normali
     Raises:
         ValueError: a Linen layer without its variables.
 
-    >>> layer = linen.NReLU(form="forward+center", use_running_average=True)
-    >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
-    >>> [round(float(value), 3) for value in constants(layer.bind(variables))]
-    [1.713, 0.399]
+    Examples:
+        >>> layer = linen.NReLU(form="forward+center", use_running_average=True)
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
+        >>> [round(float(value), 3) for value in constants(layer.bind(variables))]
+        [1.713, 0.399]
     """
     if isinstance(layer, linen.BatchNormAct | nnx.BatchNormAct):
         return layer.normalization()
@@ -81,10 +82,11 @@ def as_function(layer: Trained) -> Callable[[Float[Array, "*shape"]], Float[Arra
     Raises:
         ValueError: a Linen layer without its variables, or state of several layers, as under `scan` or `vmap`.
 
-    >>> layer = linen.NReLU(form="forward+center", use_running_average=True)
-    >>> f = as_function(layer.bind(layer.init(jax.random.key(0), jnp.ones((2, 3)))))
-    >>> [round(float(value), 3) for value in f(jnp.array([-1.0, 1.0]))]
-    [-0.683, 1.03]
+    Examples:
+        >>> layer = linen.NReLU(form="forward+center", use_running_average=True)
+        >>> f = as_function(layer.bind(layer.init(jax.random.key(0), jnp.ones((2, 3)))))
+        >>> [round(float(value), 3) for value in f(jnp.array([-1.0, 1.0]))]
+        [-0.683, 1.03]
     """
     factor, shift = (np.asarray(value) for value in constants(layer))
     given = Form.parse(layer.form).axes
@@ -135,9 +137,10 @@ def fold(
             not 0. Fold the factor alone then, as `normalization._replace(shift=jnp.zeros_like(normalization.shift))`,
             and keep `f(x) - shift`.
 
-    >>> kernel, bias = fold(Normalization(jnp.array([2.0, 3.0]), jnp.array([0.5, 1.0])), jnp.ones((2, 1)))
-    >>> kernel[:, 0].tolist(), bias.tolist()
-    ([2.0, 3.0], [-4.0])
+    Examples:
+        >>> kernel, bias = fold(Normalization(jnp.array([2.0, 3.0]), jnp.array([0.5, 1.0])), jnp.ones((2, 1)))
+        >>> kernel[:, 0].tolist(), bias.tolist()
+        ([2.0, 3.0], [-4.0])
     """
     factor, shift = jnp.broadcast_arrays(*normalization)
     *window, channels, out = kernel.shape

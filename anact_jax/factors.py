@@ -45,10 +45,11 @@ def gains(stats: Stats, *, shift: Float[Array, "*features"] | float = 0.0) -> Ga
     Raises:
         ValueError: a moment is missing.
 
-    >>> from anact_jax.gaussian import gaussian_stats
-    >>> import jax
-    >>> [round(float(gain), 4) for gain in gains(gaussian_stats(jax.nn.relu))]
-    [0.5, 0.5]
+    Examples:
+        >>> from anact_jax.gaussian import gaussian_stats
+        >>> import jax
+        >>> [round(float(gain), 4) for gain in gains(gaussian_stats(jax.nn.relu))]
+        [0.5, 0.5]
     """
     var_in, mean_out, var_out, slope_sq = _moments(
         stats, ("var_in", "mean_out", "var_out", "slope_sq"), "gains take; measure them on a batch by activation_stats"
@@ -101,11 +102,12 @@ def normalization(
         ValueError: a moment that the form uses is missing, the form is unknown, or alpha is given for a form that has
             none.
 
-    >>> from anact_jax.gaussian import gaussian_stats
-    >>> import jax
-    >>> factor, shift = normalization(gaussian_stats(jax.nn.relu), "published")  # He's gain, sqrt(2)
-    >>> round(float(factor), 4), float(shift)
-    (1.4142, 0.0)
+    Examples:
+        >>> from anact_jax.gaussian import gaussian_stats
+        >>> import jax
+        >>> factor, shift = normalization(gaussian_stats(jax.nn.relu), "published")  # He's gain, sqrt(2)
+        >>> round(float(factor), 4), float(shift)
+        (1.4142, 0.0)
     """
     form = Form.parse(form)
     if alpha is not None and not form.learned:
@@ -154,8 +156,9 @@ def normalization(
 def correction(alpha: Float[Array, "*features"]) -> Float[Array, "*features"]:
     """What a learned form adds to the factor, `0.3 * tanh(alpha)`, as the public re-implementation of the paper does.
 
-    >>> float(correction(jnp.float32(0.0)))
-    0.0
+    Examples:
+        >>> float(correction(jnp.float32(0.0)))
+        0.0
     """
     return 0.3 * jnp.tanh(alpha)
 

@@ -42,10 +42,11 @@ class Form:
         ValueError: an option is unknown or out of range.
         TypeError: `feature_axes` are not integers.
 
-    >>> print(Form())
-    forward+center+unit+diff+feature+level0.5
-    >>> Form.parse("mean").feature_axes, DEFAULT.replace(feature_axes=(0, -1)).feature_axes
-    ((), (0, -1))
+    Examples:
+        >>> print(Form())
+        forward+center+unit+diff+feature+level0.5
+        >>> Form.parse("mean").feature_axes, DEFAULT.replace(feature_axes=(0, -1)).feature_axes
+        ((), (0, -1))
     """
 
     rule: Rule = "forward"
@@ -86,10 +87,11 @@ class Form:
     def moments(self) -> tuple[str, ...]:
         """The fields of `Stats` beside `count` that this form uses: what a step computes, and what state holds.
 
-        >>> PUBLISHED.moments
-        ('mean_in', 'var_in', 'mean_out', 'var_out', 'slope_sq')
-        >>> DEFAULT.moments
-        ('mean_out', 'var_out')
+        Examples:
+            >>> PUBLISHED.moments
+            ('mean_in', 'var_in', 'mean_out', 'var_out', 'slope_sq')
+            >>> DEFAULT.moments
+            ('mean_out', 'var_out')
         """
         by_forward_gain_alone = self.rule == "forward" and self.reference == "unit"
         by_backward_gain_alone = self.rule == "backward" and self.reference == "input"
@@ -121,20 +123,18 @@ class Form:
     def parse(cls, text: "str | Form") -> "Form":
         """The form that a text names: `"published"`, `"default"`, or a rule and what is added to it.
 
-        ============= ===================================== ==================================
-        part          option                                without it
-        ============= ===================================== ==================================
-        a rule, first `rule`                                an error
-        `center`      `center=True`                         False
-        `unit`        `reference="unit"`                    `"input"`
-        `diff`        `stop_gradient=False`                 True
-        `feature`     `feature_axes=-1`                     `()`
-        `axes0,-1`    `feature_axes=(0, -1)`                `()`
-        `nu0.1`       `nonlinearity=0.1`                    None
-        `learned`     `learned=True`                        False
-        `eps1e-05`    `epsilon=1e-5`                        1e-6
-        `level0.5`    `level=0.5`                           1
-        ============= ===================================== ==================================
+        | part | option | without it |
+        | --- | --- | --- |
+        | a rule, first | `rule` | an error |
+        | `center` | `center=True` | False |
+        | `unit` | `reference="unit"` | `"input"` |
+        | `diff` | `stop_gradient=False` | True |
+        | `feature` | `feature_axes=-1` | `()` |
+        | `axes0,-1` | `feature_axes=(0, -1)` | `()` |
+        | `nu0.1` | `nonlinearity=0.1` | None |
+        | `learned` | `learned=True` | False |
+        | `eps1e-05` | `epsilon=1e-5` | 1e-6 |
+        | `level0.5` | `level=0.5` | 1 |
 
         A text keeps its meaning when the default form changes; store `str(form)`. A `Form` is returned as it is.
 
@@ -142,8 +142,9 @@ class Form:
             ValueError: the text has a part that is unknown, comes twice, or contradicts another; the message lists
                 what there is.
 
-        >>> Form.parse("forward+center+unit+diff+feature+level0.5") == DEFAULT
-        True
+        Examples:
+            >>> Form.parse("forward+center+unit+diff+feature+level0.5") == DEFAULT
+            True
         """
         if isinstance(text, Form):
             return text

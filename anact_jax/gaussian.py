@@ -70,10 +70,11 @@ def gaussian_stats(
             of one shape only.
         TypeError: f(x) is not real floating point, or f has no forward-mode derivative.
 
-    >>> import jax
-    >>> stats = gaussian_stats(jax.nn.relu)
-    >>> round(float(stats.mean_out), 4), round(float(stats.var_out), 4), round(float(stats.slope_sq), 4)
-    (0.3989, 0.3408, 0.5)
+    Examples:
+        >>> import jax
+        >>> stats = gaussian_stats(jax.nn.relu)
+        >>> round(float(stats.mean_out), 4), round(float(stats.var_out), 4), round(float(stats.slope_sq), 4)
+        (0.3989, 0.3408, 0.5)
     """
     for name, value in (("mean", mean), ("std", std)):
         if isinstance(value, int | float | np.ndarray) and not np.all(np.isfinite(value)):

@@ -44,22 +44,23 @@ class ANAct(nn.Module):
         dtype: of the output; by default the input's. Statistics are float32 or wider in any case.
         collection: name of the collection that holds the state.
 
-    >>> import jax, jax.numpy as jnp, flax.linen as nn
-    >>> class Net(nn.Module):
-    ...     @nn.compact
-    ...     def __call__(self, x, train):
-    ...         x = nn.Dense(16)(x)
-    ...         x = NSwish(use_running_average=not train)(x)
-    ...         return nn.Dense(1)(x)
-    >>> x = jnp.ones((8, 4)) * jnp.arange(8.0)[:, None]
-    >>> variables = Net().init(jax.random.key(0), x, train=True)
-    >>> sorted(variables["batch_stats"]["NSwish_0"])
-    ['count', 'mean_out', 'var_out']
-    >>> y, updates = Net().apply(variables, x, train=True, mutable=["batch_stats"])
-    >>> updates["batch_stats"]["NSwish_0"]["count"].shape  # statistics of their own for each of 16 channels
-    (16,)
-    >>> Net().apply(variables | updates, x, train=False).shape
-    (8, 1)
+    Examples:
+        >>> import jax, jax.numpy as jnp, flax.linen as nn
+        >>> class Net(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x, train):
+        ...         x = nn.Dense(16)(x)
+        ...         x = NSwish(use_running_average=not train)(x)
+        ...         return nn.Dense(1)(x)
+        >>> x = jnp.ones((8, 4)) * jnp.arange(8.0)[:, None]
+        >>> variables = Net().init(jax.random.key(0), x, train=True)
+        >>> sorted(variables["batch_stats"]["NSwish_0"])
+        ['count', 'mean_out', 'var_out']
+        >>> y, updates = Net().apply(variables, x, train=True, mutable=["batch_stats"])
+        >>> updates["batch_stats"]["NSwish_0"]["count"].shape  # statistics of their own for each of 16 channels
+        (16,)
+        >>> Net().apply(variables | updates, x, train=False).shape
+        (8, 1)
     """
 
     fn: Activation = activations.swish
@@ -205,12 +206,14 @@ class BatchNormAct(nn.BatchNorm):
         form: a `Form` or its text. `feature_axes` are those of BatchNorm's `axis`, or `()` for one factor a layer;
             `"unit"` needs `()`.
 
-    >>> import jax, jax.numpy as jnp
-    >>> layer, x = BatchNormAct(fn=jax.nn.relu, use_running_average=False), jnp.ones((8, 4)) * jnp.arange(8.0)[:, None]
-    >>> variables = layer.init(jax.random.key(0), x)
-    >>> sorted(variables["params"]), sorted(variables["batch_stats"])
-    (['bias', 'scale'], ['mean', 'var'])
-    >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> layer = BatchNormAct(fn=jax.nn.relu, use_running_average=False)
+        >>> x = jnp.ones((8, 4)) * jnp.arange(8.0)[:, None]
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> sorted(variables["params"]), sorted(variables["batch_stats"])
+        (['bias', 'scale'], ['mean', 'var'])
+        >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
     """
 
     fn: Activation = activations.swish

@@ -39,21 +39,22 @@ class ANAct(nnx.Module):
     The statistics are variables of type `nnx.BatchStat`, so that a training loop written for `nnx.BatchNorm` splits and
     merges them with no change, and `nnx.bridge.to_linen` puts them into `batch_stats`.
 
-    >>> import jax
-    >>> from flax import nnx
-    >>> class Net(nnx.Module):
-    ...     def __init__(self, rngs):
-    ...         self.hidden, self.act = nnx.Linear(4, 16, rngs=rngs), NSwish(16, rngs=rngs)
-    ...         self.out = nnx.Linear(16, 1, rngs=rngs)
-    ...     def __call__(self, x):
-    ...         return self.out(self.act(self.hidden(x)))
-    >>> net = Net(nnx.Rngs(0))
-    >>> net.train()
-    >>> net(jax.random.normal(jax.random.key(0), (8, 4))).shape, float(net.act.count[0])
-    ((8, 1), 1.0)
-    >>> net.eval()
-    >>> net(jax.random.normal(jax.random.key(1), (8, 4))).shape, float(net.act.count[0])
-    ((8, 1), 1.0)
+    Examples:
+        >>> import jax
+        >>> from flax import nnx
+        >>> class Net(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.hidden, self.act = nnx.Linear(4, 16, rngs=rngs), NSwish(16, rngs=rngs)
+        ...         self.out = nnx.Linear(16, 1, rngs=rngs)
+        ...     def __call__(self, x):
+        ...         return self.out(self.act(self.hidden(x)))
+        >>> net = Net(nnx.Rngs(0))
+        >>> net.train()
+        >>> net(jax.random.normal(jax.random.key(0), (8, 4))).shape, float(net.act.count[0])
+        ((8, 1), 1.0)
+        >>> net.eval()
+        >>> net(jax.random.normal(jax.random.key(1), (8, 4))).shape, float(net.act.count[0])
+        ((8, 1), 1.0)
     """
 
     count: nnx.BatchStat[Array]
@@ -185,12 +186,13 @@ class BatchNormAct(nnx.BatchNorm):
     The same numbers as `anact_jax.linen.BatchNormAct`, whose docstring describes it. `fn` and `form` come beside the
     options of `nnx.BatchNorm`; `fn` may be an NNX module.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from flax import nnx
-    >>> layer = BatchNormAct(4, fn=jax.nn.relu, rngs=nnx.Rngs(0))
-    >>> layer.train()
-    >>> layer(jnp.ones((8, 4)) * jnp.arange(8.0)[:, None]).shape
-    (8, 4)
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> layer = BatchNormAct(4, fn=jax.nn.relu, rngs=nnx.Rngs(0))
+        >>> layer.train()
+        >>> layer(jnp.ones((8, 4)) * jnp.arange(8.0)[:, None]).shape
+        (8, 4)
     """
 
     def __init__(

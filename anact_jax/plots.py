@@ -40,11 +40,12 @@ def draw(records: Mapping[Any, Rows], *, over: Over = "depth") -> "Figure":
         TypeError: over training with labels that are not numbers.
         ValueError: nothing to draw, rows of different kinds, or `over` is unknown.
 
-    >>> import jax.numpy as jnp
-    >>> from anact_jax.diagnostics import LayerVariances
-    >>> rows = {step: [LayerVariances("Dense_0", jnp.array(1.0), jnp.array(1.0 + step))] for step in (0, 100)}
-    >>> [panel.get_title() for panel in draw(rows, over="training").axes]
-    ['signal', 'gradient']
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from anact_jax.diagnostics import LayerVariances
+        >>> rows = {step: [LayerVariances("Dense_0", jnp.array(1.0), jnp.array(1.0 + step))] for step in (0, 100)}
+        >>> [panel.get_title() for panel in draw(rows, over="training").axes]
+        ['signal', 'gradient']
     """
     try:
         import matplotlib as mpl

@@ -30,12 +30,13 @@ def update_stats(running: Stats, batch: Stats, *, momentum: ArrayLike = 0.9) -> 
     Raises:
         ValueError: momentum outside [0, 1], or batch and running statistics with different moments.
 
-    >>> from anact_jax import activation_stats, gaussian_stats
-    >>> prior = gaussian_stats(jax.nn.relu)
-    >>> batch = activation_stats(jax.nn.relu, jnp.array([-1.0, 3.0]))
-    >>> new = update_stats(prior, batch)
-    >>> float(new.mean_in), float(new.count)
-    (1.0, 1.0)
+    Examples:
+        >>> from anact_jax import activation_stats, gaussian_stats
+        >>> prior = gaussian_stats(jax.nn.relu)
+        >>> batch = activation_stats(jax.nn.relu, jnp.array([-1.0, 3.0]))
+        >>> new = update_stats(prior, batch)
+        >>> float(new.mean_in), float(new.count)
+        (1.0, 1.0)
     """
     check_momentum(momentum)
     names = [", ".join(moments_of(stats)) or "none" for stats in (running, batch)]
@@ -78,11 +79,12 @@ def restored(saved: Mapping[str, Any], fresh: Mapping[str, Any], *, start_anew: 
     Raises:
         ValueError: a moment or layer is missing and `start_anew` is not set.
 
-    >>> fresh = {"act": {"count": 0.0, "mean_out": 0.2, "var_out": 0.4}}
-    >>> restored({"act": {"count": 9.0, "mean_out": 0.3, "var_out": 0.5, "slope_sq": 0.6}}, fresh)
-    {'act': {'count': 9.0, 'mean_out': 0.3, 'var_out': 0.5}}
-    >>> restored({"act": {"count": 9.0, "mean_out": 0.3}}, fresh, start_anew=True)
-    {'act': {'count': 0.0, 'mean_out': 0.3, 'var_out': 0.4}}
+    Examples:
+        >>> fresh = {"act": {"count": 0.0, "mean_out": 0.2, "var_out": 0.4}}
+        >>> restored({"act": {"count": 9.0, "mean_out": 0.3, "var_out": 0.5, "slope_sq": 0.6}}, fresh)
+        {'act': {'count': 9.0, 'mean_out': 0.3, 'var_out': 0.5}}
+        >>> restored({"act": {"count": 9.0, "mean_out": 0.3}}, fresh, start_anew=True)
+        {'act': {'count': 0.0, 'mean_out': 0.3, 'var_out': 0.4}}
     """
 
     def visit(saved: Mapping[str, Any], fresh: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

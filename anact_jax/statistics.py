@@ -159,9 +159,10 @@ def activation_stats(
         ValueError: f changes the shape, an axis does not exist or comes twice, the mask does not broadcast, `axis_name`
             is not bound here, the groups do not hold each of its indices once, or a moment is unknown.
 
-    >>> stats = activation_stats(jax.nn.relu, jnp.array([-1.0, 0.0, 1.0, 2.0]))
-    >>> [round(float(value), 4) for value in stats]
-    [4.0, 0.5, 1.25, 0.75, 0.6875, 0.5]
+    Examples:
+        >>> stats = activation_stats(jax.nn.relu, jnp.array([-1.0, 0.0, 1.0, 2.0]))
+        >>> [round(float(value), 4) for value in stats]
+        [4.0, 0.5, 1.25, 0.75, 0.6875, 0.5]
     """
     x = jnp.asarray(x)
     axes = canonical_axes(feature_axes, x.ndim)
@@ -187,8 +188,9 @@ def canonical_axes(feature_axes: int | Sequence[int], ndim: int) -> tuple[int, .
     Raises:
         ValueError: an axis does not exist in an array of `ndim` axes, or comes twice.
 
-    >>> canonical_axes((-1, 0), 3)
-    (0, 2)
+    Examples:
+        >>> canonical_axes((-1, 0), 3)
+        (0, 2)
     """
     given = tuple(feature_axes) if isinstance(feature_axes, Sequence) else (feature_axes,)
     if any(not -ndim <= axis < ndim for axis in given):

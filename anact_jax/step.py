@@ -57,8 +57,9 @@ def normalize(
         TypeError: x or f(x) is not floating point.
         ValueError: f changes the shape.
 
-    >>> normalize(jax.nn.relu, jnp.array([-1.0, 2.0]), 2.0, 0.5)
-    Array([-1.,  3.], dtype=float32)
+    Examples:
+        >>> normalize(jax.nn.relu, jnp.array([-1.0, 2.0]), 2.0, 0.5)
+        Array([-1.,  3.], dtype=float32)
     """
     x = jnp.asarray(x)
     g, constants = traced(f, x)
@@ -85,8 +86,10 @@ def initial_stats(f: Activation, form: Form | str = DEFAULT, shape: tuple[int, .
     Returns:
         `Stats` of that shape with `form.moments` and count 0.
 
-    >>> [None if moment is None else round(float(moment), 3) for moment in initial_stats(jax.nn.relu, "forward+unit")]
-    [0.0, None, None, 0.399, 0.341, None]
+    Examples:
+        >>> stats = initial_stats(jax.nn.relu, "forward+unit")
+        >>> [None if moment is None else round(float(moment), 3) for moment in stats]
+        [0.0, None, None, 0.399, 0.341, None]
     """
     form = Form.parse(form)
     limits = () if form.nonlinearity is None else (form.nonlinearity,)
@@ -147,10 +150,11 @@ def anact(
         ValueError: the form is unknown, the running statistics lack a moment that it uses or have another shape than x
             has features, momentum lies outside [0, 1], or as `activation_stats` raises.
 
-    >>> x = jax.random.normal(jax.random.key(0), (1000, 8))
-    >>> y, running = anact(jax.nn.relu, x, initial_stats(jax.nn.relu, shape=(8,)))
-    >>> round(float(jnp.std(y[:, 0])), 3), float(running.count[0])
-    (0.5, 1.0)
+    Examples:
+        >>> x = jax.random.normal(jax.random.key(0), (1000, 8))
+        >>> y, running = anact(jax.nn.relu, x, initial_stats(jax.nn.relu, shape=(8,)))
+        >>> round(float(jnp.std(y[:, 0])), 3), float(running.count[0])
+        (0.5, 1.0)
     """
     form, x = Form.parse(form), jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -142,20 +142,21 @@ def propagate(layers: Sequence[Element], *, input_sq: ByExample = 1.0, gradient_
         ValueError: no layers; a number that is negative, not finite or, where something is counted, below 1; an
             `Elementwise` whose input is not normal; a branch without weights.
 
-    >>> import jax
-    >>> he = Layer(jax.nn.relu, fan_in=500, fan_out=500, weight_var=2 / 500)
-    >>> variances = propagate([he] * 30)  # He's initialization keeps the variance of ReLU networks
-    >>> [round(float(value), 3) for value in (variances.signal[0], variances.signal[29])]
-    [2.0, 2.0]
-    >>> import functools
-    >>> from anact_jax import normalization
-    >>> exact = functools.partial(normalization, form="exact")
-    >>> lecun = Layer(jax.nn.swish, fan_in=500, fan_out=500, weight_var=1 / 500, normalization=exact)
-    >>> [round(float(variance), 3) for variance in propagate([lecun] * 30).weight_gradient[::10]]
-    [1.0, 1.0, 1.0]
-    >>> block = Residual([Elementwise(jax.nn.relu), lecun._replace(f=linear)])  # x + W relu(x): half as much again
-    >>> [round(float(value), 3) for value in propagate([lecun._replace(f=linear), block, block]).gradient]
-    [2.25, 1.5, 1.0]
+    Examples:
+        >>> import jax
+        >>> he = Layer(jax.nn.relu, fan_in=500, fan_out=500, weight_var=2 / 500)
+        >>> variances = propagate([he] * 30)  # He's initialization keeps the variance of ReLU networks
+        >>> [round(float(value), 3) for value in (variances.signal[0], variances.signal[29])]
+        [2.0, 2.0]
+        >>> import functools
+        >>> from anact_jax import normalization
+        >>> exact = functools.partial(normalization, form="exact")
+        >>> lecun = Layer(jax.nn.swish, fan_in=500, fan_out=500, weight_var=1 / 500, normalization=exact)
+        >>> [round(float(variance), 3) for variance in propagate([lecun] * 30).weight_gradient[::10]]
+        [1.0, 1.0, 1.0]
+        >>> block = Residual([Elementwise(jax.nn.relu), lecun._replace(f=linear)])  # x + W relu(x): half as much again
+        >>> [round(float(value), 3) for value in propagate([lecun._replace(f=linear), block, block]).gradient]
+        [2.25, 1.5, 1.0]
     """
     every = _layers(layers)
     if not every:

@@ -54,10 +54,14 @@ def test_notebook_runs_and_shows_the_difference():
 
 def public_names():
     yield from (f"anact_jax.{name}" for name in anact_jax.__all__)
-    for module in (anact_jax.linen, anact_jax.nnx, *(getattr(anact_jax, n) for n in ("diagnostics", "export", "plots", "theory"))):
+    for module in (
+        anact_jax.linen,
+        anact_jax.nnx,
+        *(getattr(anact_jax, n) for n in ("diagnostics", "export", "plots", "theory")),
+    ):
         for name, value in vars(module).items():
-            here = getattr(value, "__module__", None) == module.__name__
-            if here and not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
+            kind = inspect.isclass(value) or inspect.isfunction(value)
+            if kind and (value.__module__, value.__name__) == (module.__name__, name) and not name.startswith("_"):
                 yield f"{module.__name__}.{name}"
 
 
@@ -70,10 +74,9 @@ def test_reference_has_every_public_name():
     assert set(public_names()) - listed == INTERNAL
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
-def test_links_of_pages_outside_the_site_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
-    assert links
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text())
+    assert len(links) > 10
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
 
 

@@ -1,5 +1,7 @@
-"""What the README prints is what runs, and what the results print is what was measured."""
+"""What the README prints is what runs."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -7,31 +9,50 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
-
-from anact_jax import Form
-from experiments.benchmarks import cost
-from experiments.cli import table_row
-from experiments.studies.default_form import Config, forms_table, report, rows_of, ways_table
-from experiments.studies.grid import Results
-from experiments.studies.tables import arrange, markdown_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+(DIFF,) = re.findall(r"```diff\n(.*?)```", README, flags=re.DOTALL)
 SCRIPT = ROOT / "experiments" / "thirty_layers.py"
 
 
-def test_thirty_layers_stands_in_the_readme_and_is_short():
-    text = SCRIPT.read_text()
-    assert PYTHON[0] == text
-    assert len(text.splitlines()) <= 40
+def run(snippet, **names):
+    printed = io.StringIO()
+    with jax.numpy_dtype_promotion("standard"), contextlib.redirect_stdout(printed):
+        exec(compile(snippet, "README.md", "exec"), names | {"__name__": "readme"})
+    return printed.getvalue()
 
 
-@pytest.mark.parametrize("snippet", PYTHON[1:])
-def test_snippets_run(snippet):
-    with jax.numpy_dtype_promotion("standard"):
-        exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+def test_a_page_with_the_first_use_near_the_top():
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    assert next(number for number, line in enumerate(lines, start=1) if "NSwish(" in line) < 40
+
+
+@pytest.mark.parametrize("dropped", ["+", "-"])
+def test_both_sides_of_the_diff_run(dropped):
+    import flax.linen as nn
+
+    kept = "\n".join(line[1:] for line in DIFF.splitlines() if not line.startswith(dropped))
+    run(kept, nn=nn, key=jax.random.key(0), x=jnp.ones((4, 8)))
+
+
+def test_short_snippets_run():
+    run(PYTHON[0])
+
+
+@pytest.mark.slow
+def test_the_pair_to_paste_shows_the_difference():
+    accuracies = dict(re.findall(r"(\w+) ([0-9.]+)", run(PYTHON[1])))
+    assert float(accuracies["swish"]) < 0.2
+    assert float(accuracies["NSwish"]) > 0.9
+
+
+def test_thirty_layers_is_short():
+    assert len(SCRIPT.read_text().splitlines()) <= 40
 
 
 @pytest.mark.slow
@@ -42,43 +63,17 @@ def test_thirty_layers_learn_only_when_normalized(word, low, high):
     assert low <= accuracy <= high
 
 
-@pytest.mark.parametrize("study", ["digits", "fashion_mnist"])
-def test_tables_of_results_are_those_of_the_finished_cells(study):
-    text = (ROOT / "docs" / "results.md").read_text()
-    tables = arrange(Results(ROOT / "experiments" / "results" / study / "results.jsonl"))
-    assert tables
-    for place, table in tables.items():
-        assert markdown_table(table) in text, place
+def test_cost_is_that_of_the_benchmark():
+    rows = json.loads((ROOT / "experiments" / "results" / "cost" / "cost.json").read_text())["rows"]
 
+    def ratios(case, measure, networks):
+        found = {row["what"].split(",")[0]: row[measure][1] for row in rows if row["case"] == case}
+        return ", ".join(f"{found[network]:.2f}" for network in networks)
 
-def test_tables_of_the_cost_are_those_that_were_measured():
-    measured = json.loads((ROOT / "experiments" / "results" / "cost" / "cost.json").read_text())
-    assert cost.overview(measured["rows"]) in (ROOT / "docs" / "cost.md").read_text()
-
-
-def test_tables_of_the_default_are_those_of_the_finished_cells():
-    text, folder = (ROOT / "docs" / "results.md").read_text(), ROOT / "experiments" / "results"
-    choice = Results(folder / "choice" / "results.jsonl")
-    assert forms_table(choice) in text
-    assert ways_table(choice) in text
-    assert forms_table(Results(folder / "second_choice" / "results.jsonl")) in text
-    assert forms_table(Results(folder / "behind_batch_norm" / "results.jsonl")) in text
-    verdict = Results(folder / "verdict" / "results.jsonl")
-    for form in (Config().form, "mean+center+unit+diff+feature+nu0.1"):  # today's, and the one before
-        assert report(rows_of(verdict, Form.parse(form))) in text
-
-
-def test_verdict_behind_batch_norm_is_that_of_the_finished_cells():
-    text = (ROOT / "docs" / "results.md").read_text()
-    tables = arrange(Results(ROOT / "experiments" / "results" / "verdict" / "results.jsonl"))
-    closed = [
-        (table[side.plain][name], runs, name)
-        for table in tables.values()
-        for side, column in table.items()
-        if side.variation == "closed, plain after additions"
-        for name, runs in column.items()
-    ]
-    assert len(closed) == 8
-    for plain, runs, name in closed:
-        cells = (f"{side.accuracy()} at {side.rate:g}" for side in (plain, runs))
-        assert table_row(name, *cells, runs.against(plain).signed) in text
+    three = ("resnet20", "resnet50", "mlp30")
+    of_batch_norm, of_plain = (ratios("NSwish", measure, three) for measure in ("of BatchNorm", "ratio"))
+    said = "takes {} of one with BatchNorm and Swish in ResNet-20, {} in ResNet-50, {} in 30 dense layers"
+    assert said.format(*of_batch_norm.split(", ")) in README
+    assert f"(of plain Swish {of_plain})" in README
+    closed = ratios("BatchNormAct, swish", "of BatchNorm", three[:2]).replace(", ", " and ")
+    assert f"`BatchNormAct` takes {closed} of BatchNorm and Swish" in README
