@@ -38,9 +38,9 @@ _NOT_MEASURED = "estimated 0.1 to 0.5 hours on an H100; time and score not measu
 RECIPES = {
     "digits": Known(
         Experiment(model="resnet32", norm="none", epochs=6, compare=True),
-        score="measured: TODO (seeds 0, 1, 2)",
+        score="measured: 0.983, 0.975, 0.978 with NSwish, 0.111, 0.286, 0.100 with plain Swish (seeds 0, 1, 2)",
         hardware="two CPU cores",
-        time="about a minute with compilation",
+        time="three quarters of a minute for both, with compilation",
     ),
     "fashion_mnist": Known(
         Experiment(
@@ -52,9 +52,9 @@ RECIPES = {
             learning_rate=0.1,
             norm="none",
         ),
-        score="measured: 0.822, 0.825, 0.829 (seeds 0, 1, 2), on 10,000 of the training images at half resolution",
-        hardware="one CPU core",
-        time="three minutes each",
+        score="measured: 0.820, 0.814, 0.822 (seeds 0, 1, 2), on 10,000 of the training images at half resolution",
+        hardware="two CPU cores",
+        time="a minute each",
     ),
     "resnet18_cifar100": Known(
         _CIFAR100,

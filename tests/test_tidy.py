@@ -1,21 +1,40 @@
 """Lint, format, types and packaging: `pytest` runs every check there is."""
 
+import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import anact_jax
+
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(
-    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=lambda c: " ".join(c)
-)
+SCHEMAS = {
+    "github-workflows": ".github/workflows/*.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/*.yml",
+    "dependabot": ".github/dependabot.yml",
+    "citation-file-format": "CITATION.cff",
+}
+TOOLS = [
+    "ruff check .",
+    "ruff format --check .",
+    "mypy",
+    "zizmor --offline --quiet .github",
+    *(f"check-jsonschema --builtin-schema vendor.{schema} {files}" for schema, files in SCHEMAS.items()),
+]
+
+
+@pytest.mark.parametrize("command", TOOLS)
 def test_tool_finds_nothing(command):
-    run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    words = [str(path) for word in command.split() for path in (sorted(ROOT.glob(word)) if "*" in word else [word])]
+    words[0] = str(Path(sysconfig.get_path("scripts")) / words[0])
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -33,6 +52,9 @@ def test_wheel_holds_only_the_library_with_its_types(tmp_path):
     assert {name.split("/")[0].removesuffix(".dist-info").split("-")[0] for name in names} == {"anact_jax"}
     assert "anact_jax/py.typed" in names
     assert "anact_jax/linen.py" in names
+    check = [sys.executable, "-m", "twine", "check", "--strict", str(wheel)]
+    described = subprocess.run(check, capture_output=True, text=True)
+    assert described.returncode == 0, described.stdout
 
 
 IMPORT_ALL = """
@@ -68,5 +90,31 @@ def test_source_distribution_holds_no_measured_runs(tmp_path):
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
-    assert not any("/results/" in name for name in names)
+    assert not any("/experiments/results/" in name for name in names)
     assert any(name.endswith("experiments/studies/grid.py") for name in names)
+
+
+def test_version_and_address_are_the_same_everywhere():
+    citation, project = ((ROOT / name).read_text() for name in ("CITATION.cff", "pyproject.toml"))
+    assert f"\nversion: {anact_jax.__version__}\n" in citation
+    released = re.search(r"^date-released: (.*)$", citation, flags=re.MULTILINE)[1]
+    assert f"\n## {anact_jax.__version__} ({released})\n" in (ROOT / "CHANGELOG.md").read_text()
+    address = re.search(r"^repository-code: (.*)$", citation, flags=re.MULTILINE)[1]
+    assert f'\nRepository = "{address}"\n' in project
+    assert set(re.findall(r"https://github\.com/[\w-]+/anact_jax", citation + project)) == {address}
+
+
+def test_workflows_run_what_is_run_here():
+    here = (ROOT / ".ci" / "run").read_text() + (ROOT / "README.md").read_text()
+    for command in ("mkdocs build", "python -m build", "pytest"):
+        assert command in here
+    tests, docs, release = (
+        (ROOT / ".github" / "workflows" / f"{n}.yml").read_text() for n in ("tests", "docs", "release")
+    )
+    assert "- run: pytest\n" in tests
+    assert "- run: .ci/run\n" in tests
+    assert "- run: mkdocs build --strict\n" in docs
+    assert "- run: python -m build\n" in release
+    oldest = re.search(r"jax>=([\d.]+)\", \"flax>=([\d.]+)", (ROOT / "pyproject.toml").read_text())
+    assert f"jax=={oldest[1]}.0 flax=={oldest[2]}" in tests
+    assert f"jax=={oldest[1]}.0 flax=={oldest[2]}" in here
