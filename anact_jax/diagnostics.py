@@ -29,7 +29,7 @@ LAYERS: tuple[type, ...] = (
     *(nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTranspose),
     *(nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose),
 )
-"""Layers with weights, whose outputs are the signals z_l of docs/method.md."""
+"""Layers with weights, whose outputs are the signals z_l of docs/explanation/method.md."""
 
 BEHIND_BATCH_NORM: tuple[type, ...] = (linen.BatchNormAct, anact_jax.nnx.BatchNormAct)
 """Normalized activations that are one layer with the BatchNorm before them."""

@@ -1,4 +1,4 @@
-"""From moments to gains, and from gains to a factor and a shift. Equations as in docs/method.md."""
+"""From moments to gains, and from gains to a factor and a shift. Equations as in docs/explanation/method.md."""
 
 from typing import NamedTuple
 

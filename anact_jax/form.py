@@ -212,7 +212,7 @@ PUBLISHED = Form("mean", False, "input", None, (), True, level=1.0)
 """The rule of arXiv 2208.13315, uncentered, one factor a layer."""
 
 DEFAULT = Form()
-"""What every function and module takes unless told otherwise, chosen by measurement: docs/results.md, "The default"."""
+"""The form of every function and module by default, chosen by measurement: docs/results/details.md."""
 
 NAMED: dict[str, Form] = {"published": PUBLISHED, "default": DEFAULT}
 """Names of forms, for input only: what is stored is `str(form)`."""

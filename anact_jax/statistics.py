@@ -28,7 +28,7 @@ class Stats(NamedTuple):
             `gaussian_stats`, which rests on no data.
         mean_in: E[x].
         var_in: Var[x].
-        mean_out: E[f(x)], the `mu` of docs/method.md.
+        mean_out: E[f(x)], the `mu` of docs/explanation/method.md.
         var_out: Var[f(x)].
         slope_sq: E[f'(x)^2], the backward gain `rho'`.
     """

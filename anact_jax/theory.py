@@ -1,4 +1,4 @@
-"""What theory predicts for the variance of signals and gradients through depth. Equations as in docs/method.md.
+"""Predicted variance of signals and gradients through depth. Equations as in docs/explanation/method.md.
 
 Mean-field theory of random networks (Poole et al., arXiv 1606.05340; Schoenholz et al., arXiv
 1611.01232), with the factors that normalized activations take from their batch: one example's signal

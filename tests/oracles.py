@@ -86,7 +86,7 @@ def gaussian_moments(name, mean=0.0, std=1.0):
 
 
 def factor_and_shift(stats, rule, center, reference):
-    """The table of docs/method.md, for stats without degenerate values."""
+    """The table of docs/explanation/method.md, for stats without degenerate values."""
     _, _, var_in, mean_out, var_out, backward = stats
     shift = mean_out if center else 0.0
     if rule == "exact":

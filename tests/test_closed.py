@@ -43,7 +43,9 @@ def test_factor_and_shift_are_those_of_the_float64_quadrature(name, form):
             np.testing.assert_allclose((found.factor[channel], found.shift[channel]), expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", KINKED)
+@pytest.mark.parametrize(
+    "name", ["hard_tanh", *(pytest.param(n, marks=pytest.mark.slow) for n in KINKED if n != "hard_tanh")]
+)
 def test_kinks_away_from_zero_get_nodes_of_their_own(name):
     mean, std = grid()
     close = closed_normalization(KINKED[name], mean, std, BY_ALL_MOMENTS)
@@ -67,7 +69,7 @@ def test_kinks_away_from_zero_get_nodes_of_their_own(name):
 @pytest.mark.parametrize("form", [PER_CHANNEL, BY_ALL_MOMENTS, "harmonic+unit+diff"])
 @pytest.mark.parametrize(
     "f",
-    [jax.nn.swish, jax.nn.hard_tanh, *(pytest.param(f, marks=pytest.mark.slow) for f in (jax.nn.relu, jnp.tanh))],
+    [jax.nn.hard_tanh, *(pytest.param(f, marks=pytest.mark.slow) for f in (jax.nn.swish, jax.nn.relu, jnp.tanh))],
     ids=lambda f: f.__name__,
 )
 def test_gradients_are_those_of_differences(f, form):
@@ -236,7 +238,7 @@ def test_half_precision_takes_factors_of_float32():
     chex.assert_trees_all_close(y.astype(jnp.float32), behind(form=BY_ALL_MOMENTS)[0], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("axis", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_channels_may_stand_on_any_axis(axis):
     x = batch((32, 6, 6, 6))
     y, _ = behind(jnp.moveaxis(x, -1, axis), axis=axis, form="forward+center+diff+axes1" if axis == 1 else PER_CHANNEL)

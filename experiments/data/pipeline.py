@@ -69,7 +69,9 @@ def training_batches(
     workers: int = 0,
     start: int = 0,
 ) -> Any:
-    """Iterator over the full batches of all epochs; its `get_state` and `set_state` allow to go on elsewhere.
+    """Iterator over the full batches of all epochs.
+
+    Its `get_state` and `set_state` let another process resume at the same batch.
 
     In an epoch every example comes at most once, in an order that depends on seed and epoch alone;
     the few left over where the batch size does not divide their number sit out. Several processes
