@@ -139,7 +139,7 @@ def test_first_elements_far_from_the_rest():
     x = normal((4096, 3))
     x[:8] += 30
     stats = activation_stats(jax.nn.elu, jnp.asarray(x), feature_axes=-1)
-    assert_moments(stats, oracles.stats("elu", x, axes=(0,)), rtol=3e-5)
+    assert_moments(stats, oracles.stats("elu", x, axes=(0,)), rtol=5e-5)
 
 
 def test_masked_elements_get_no_gradient_even_where_f_has_none():

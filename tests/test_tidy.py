@@ -111,7 +111,7 @@ def test_workflows_run_what_is_run_here():
     tests, docs, release = (
         (ROOT / ".github" / "workflows" / f"{n}.yml").read_text() for n in ("tests", "docs", "release")
     )
-    assert "- run: pytest\n" in tests
+    assert "- run: pytest ${OPTIONS}\n" in tests
     assert "- run: .ci/run\n" in tests
     assert "- run: mkdocs build --strict\n" in docs
     assert "- run: python -m build\n" in release
