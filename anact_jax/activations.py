@@ -95,7 +95,7 @@ def activation(name: str) -> Activation:
 
 
 def nonlinearity(f: Activation) -> Float[Array, ""]:
-    """`nu = E[f'(x)^2] / Var[f(x)] - 1` for x ~ N(0, 1): 0 for a linear function, more the more f bends.
+    """`nu = E[f'(x)^2] / Var[f(x)] - 1` for x ~ N(0, 1): 0 for a linear function; it grows with the curvature of f.
 
     With the Hermite coefficients c_k of f, `1 + nu = sum_k k c_k^2 / sum_k c_k^2` over k >= 1. It is also rho'/rho, the
     backward over the forward gain of the centered activation, and the slope at 1 of the map from the correlation of two

@@ -11,7 +11,7 @@ from anact_jax.statistics import Stats
 
 
 class Gains(NamedTuple):
-    """What an activation does to the variance that passes through it; 1 keeps it.
+    """Forward and backward gain of an activation: variance out over variance in; 1 keeps it.
 
     Attributes:
         forward: `rho = E[(f(x) - shift)^2] / Var[x]`, for signals.

@@ -18,7 +18,7 @@ _UNWRITTEN_EPSILON = 1e-6  # what a text without `eps` means, for ever
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """Which normalized activation: `factor * (f(x) - shift)`, with factor and shift by these options.
+    """The options of a normalized activation `factor * (f(x) - shift)`.
 
     A form is hashable, and checked when it is made. What takes a form takes its text as well.
 

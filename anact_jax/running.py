@@ -12,7 +12,7 @@ from anact_jax.statistics import MOMENTS, Stats, informative, moments_of, sharde
 
 
 def update_stats(running: Stats, batch: Stats, *, momentum: ArrayLike = 0.9) -> Stats:
-    """Takes a batch's statistics into the running ones.
+    """Updates running statistics with those of a batch.
 
     `new = momentum * running + (1 - momentum) * batch`, as in `flax.linen.BatchNorm`, once `1 / (1 - momentum)` batches
     were seen. Until then the plain average over the batches seen, so that the first batch replaces the prior and
@@ -65,7 +65,7 @@ def moved(running: Stats, batch: Stats, taken_in: Bool[Array, "*features"], mome
 
 
 def restored(saved: Mapping[str, Any], fresh: Mapping[str, Any], *, start_anew: bool = False) -> dict[str, Any]:
-    """Saved statistics of a model, with the moments that its layers use today.
+    """Fits the saved statistics of a model to the moments that its layers use.
 
     A layer whose form changed since may use fewer moments than were saved, or more.
 

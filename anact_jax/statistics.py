@@ -224,7 +224,7 @@ def broadcast_mask(mask: Shaped[Array, "..."] | None, x: Array) -> Bool[Array, "
 
 
 def informative(batch: Stats) -> Bool[Array, "*features"]:
-    """Where a batch says something about gains.
+    """Where the statistics of a batch can be used.
 
     False where it is degenerate: empty, not finite, or without variance in x or f(x) (constant input, a dead ReLU).
     """
