@@ -67,6 +67,8 @@ def closed_normalization(
     form = Form.parse(form)
     check_closed(form)
     mean, std = jnp.broadcast_arrays(mean, std)
+    if form.stop_gradient:  # early: nothing of the derivative is traced
+        mean, std = jax.lax.stop_gradient((mean, std))
     stats = _stats(_rule_for(f), tempered(f, form.nonlinearity), mean, std)
     if not form.axes:
         stats = _pooled(stats)
