@@ -51,7 +51,7 @@ def closed_normalization(
 
     Returns:
         `Normalization` of the channels' shape, or of shape () where they share it; differentiable in `mean`, `std` and
-        what f closes over, unless the form has `stop_gradient`. It is finite, and continuous in both, where std is 0
+        what f closes over, unless the form has `stop_gradient`, and in `alpha`. It is finite, and continuous in both, where std is 0
         and where f is constant on all of x.
 
     Raises:
@@ -75,8 +75,10 @@ def closed_normalization(
     # Nothing is degenerate: epsilon tells what becomes of a variance of 0, continuously.
     least = jnp.finfo(stats.count.dtype).tiny
     floored = {name: jnp.maximum(getattr(stats, name), least) for name in ("var_in", "var_out", "slope_sq")}
-    found = normalization(stats._replace(**floored), form, alpha=alpha)
-    return jax.lax.stop_gradient(found) if form.stop_gradient else found
+    stats = stats._replace(**floored)
+    if form.stop_gradient:  # in what f closes over, too
+        stats = jax.lax.stop_gradient(stats)
+    return normalization(stats, form, alpha=alpha)
 
 
 def check_closed(form: Form) -> None:

@@ -119,6 +119,16 @@ def test_one_factor_a_layer_is_that_of_the_mixture():
         chex.assert_trees_all_close(closed_normalization(jax.nn.swish, beta, gamma, form), measured, rtol=1e-2)
 
 
+@pytest.mark.parametrize("form", ["mean+center+learned", "mean+center+diff+learned"])
+def test_the_learned_correction_is_differentiated_in_any_form(form):
+    def factor(alpha, std):
+        return closed_normalization(jax.nn.swish, jnp.zeros(3), std, form, alpha=alpha).factor
+
+    in_alpha, in_std = jax.grad(factor, (0, 1))(jnp.zeros(()), jnp.ones(3))
+    np.testing.assert_allclose(in_alpha, 0.3, rtol=1e-6)  # of 0.3 tanh(alpha)
+    assert bool(jnp.any(in_std != 0)) == ("diff" in form)
+
+
 def test_a_learned_function_is_differentiated_and_measured_finely():
     def factor(slope):
         return closed_normalization(lambda x: jnp.where(x > 0, x, slope * x), jnp.zeros(2), jnp.ones(2), PER_CHANNEL)[0]
