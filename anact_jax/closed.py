@@ -51,8 +51,8 @@ def closed_normalization(
 
     Returns:
         `Normalization` of the channels' shape, or of shape () where they share it; differentiable in `mean`, `std` and
-        what f closes over, unless the form has `stop_gradient`, and in `alpha`. It is finite, and continuous in both, where std is 0
-        and where f is constant on all of x.
+        what f closes over, unless the form has `stop_gradient`, and in `alpha`. It is finite, and continuous in both,
+        where std is 0 and where f is constant on all of x.
 
     Raises:
         ValueError: the form is unknown, or asks for unit variance in each channel; or as `gaussian_stats` raises.

@@ -165,9 +165,22 @@ class Network(Parts):
     ] = "closed"
 
     @property
+    def unheeded(self) -> frozenset[str]:
+        """Settings that have no effect with this activation and normalization layer."""
+        normalized = ActivationName.parse(self.activation).normalized
+        heeded = {
+            "form": normalized,
+            "activation_momentum": normalized,
+            "behind": normalized and self.norm == "batch",
+            "norm_momentum": self.norm == "batch",
+            "group_size": self.norm == "group",
+        }
+        return frozenset(name for name, has_effect in heeded.items() if not has_effect)
+
+    @property
     def is_closed(self) -> bool:
         """Whether activations are normalized by the parameters of the batch normalization before them."""
-        return ActivationName.parse(self.activation).normalized and self.norm == "batch" and self.behind == "closed"
+        return "behind" not in self.unheeded and self.behind == "closed"
 
     @property
     def form_taken(self) -> Form:
@@ -181,16 +194,8 @@ class Network(Parts):
         check_name("norm", self.norm, NORMS)
         check_name("behind", self.behind, BEHIND)
         Form.parse(self.form)
-        normalized = ActivationName.parse(self.activation).normalized
-        heeded = {
-            "form": normalized,
-            "activation_momentum": normalized,
-            "behind": normalized and self.norm == "batch",
-            "norm_momentum": self.norm == "batch",
-            "group_size": self.norm == "group",
-        }
         for field in dataclasses.fields(Network):
-            if not heeded.get(field.name, True) and getattr(self, field.name) != field.default:
+            if field.name in self.unheeded and getattr(self, field.name) != field.default:
                 sort = f"activation {self.activation!r} and norm {self.norm!r}"
                 raise ValueError(f"{field.name} has no effect with {sort}; leave it out")
         if self.is_closed:
@@ -267,10 +272,8 @@ class Recipe(Training, Network, Data):
     def recipe(self) -> dict[str, Any]:
         """Its settings by name, as JSON holds them: the form spelled out, None where it or `behind` has no effect."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
-        activation = ActivationName.parse(self.activation)
-        form = str(self.form_taken) if activation.normalized else None
-        behind = self.behind if activation.normalized and self.norm == "batch" else None
-        return settings | {"activation": str(activation), "form": form, "behind": behind}
+        spelled = {"activation": str(ActivationName.parse(self.activation)), "form": str(self.form_taken)}
+        return settings | spelled | dict.fromkeys({"form", "behind"} & self.unheeded)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from experiments.training.checkpoints import CheckpointError, Checkpoints, silen
 from experiments.training.comparison import draw_comparison
 from experiments.training.gains import gains_of, worst_gains
 from experiments.training.loop import BadStepError, PreemptedError, first_state, train
-from experiments.training.metrics import MetricsLog, Unheard, draw_learning_curves, read_metrics, show_pictures
+from experiments.training.metrics import MetricsLog, Unheard, draw_learning_curves, read_evaluations, show_pictures
 from experiments.training.processes import StopSignal, connect
 from experiments.training.steps import make_steps
 
@@ -72,14 +72,13 @@ def run_both(config: Experiment, stop: StopSignal) -> int:
 
 def plain_one(config: Experiment) -> Experiment:
     """The same with the plain activation; what has no effect then as if it was not set."""
-    unheeded: dict[str, Any] = {
-        field.name: field.default
-        for field in dataclasses.fields(Network)
-        if field.name in ("form", "behind", "activation_momentum")
-    }
     assert config.workdir is not None
     base = ActivationName.parse(config.activation).base
-    return dataclasses.replace(config, **unheeded, activation=base, workdir=config.workdir / "plain")
+    plain = dataclasses.replace(config, activation=base, workdir=config.workdir / "plain")
+    usual: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(Network) if field.name in plain.unheeded
+    }
+    return dataclasses.replace(plain, **usual)
 
 
 def run(
@@ -161,8 +160,8 @@ def run(
 def accuracy_of(run: Experiment) -> str:
     """The last test accuracy of a run that has ended, as its log has it."""
     assert run.workdir is not None
-    measured = [record["test_accuracy"] for record in read_metrics(run.workdir) if "test_accuracy" in record]
-    return f"{measured[-1]:.4f}" if measured else "diverged in the first epoch"
+    measured = read_evaluations(run.workdir)
+    return f"{measured[-1]['test_accuracy']:.4f}" if measured else "diverged in the first epoch"
 
 
 def parse(arguments: Sequence[str]) -> Experiment:

@@ -6,10 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from anact_jax import ACTIVATIONS
 from experiments.config import Network
 from experiments.data import Dataset
-from experiments.networks import ActivationName, Layers, in_closed_form, make_layers, make_model
+from experiments.networks import Layers, in_closed_form, make_layers, make_model
 
 
 def layers_of(network: Network) -> Layers:
@@ -29,7 +28,7 @@ def layers_of(network: Network) -> Layers:
         momentum=network.activation_momentum,
     )
     if network.is_closed:
-        layers = in_closed_form(layers, ACTIVATIONS[ActivationName.parse(network.activation).base], network.form_taken)
+        layers = in_closed_form(layers, network.activation, network.form_taken)
     return layers
 
 

@@ -180,8 +180,15 @@ def make_layers(
     )
 
 
-def in_closed_form(layers: Layers, fn: Activation, form: Form | str) -> Layers:
-    """The same, but each activation directly behind batch normalization is one `BatchNormAct` with it, others plain."""
+def in_closed_form(layers: Layers, activation: str, form: Form | str) -> Layers:
+    """The same, but each activation directly behind batch normalization is one `BatchNormAct` with it, others plain.
+
+    Args:
+        layers: with batch normalization.
+        activation: its name, plain or normalized.
+        form: of the layers.
+    """
+    fn = ACTIVATIONS[ActivationName.parse(activation).base]
 
     def norm_act(inference: bool) -> BatchNormAct:
         norm: Any = layers.norm(inference)

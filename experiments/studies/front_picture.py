@@ -101,12 +101,13 @@ def measure(config: Config, side: str, results: Results) -> np.ndarray:
 
 def draw(config: Config, accuracies: Mapping[str, np.ndarray]) -> None:
     """Draws the mean over seeds, with the range of all, and the gradients before training."""
+    dataset = Recipe().load(config)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for (side, values), color in zip(accuracies.items(), ("tab:red", "tab:gray", "tab:blue"), strict=True):
         left.plot(RATES, values.mean(axis=1), "o-", color=color, label=side)
         left.fill_between(RATES, values.min(axis=1), values.max(axis=1), color=color, alpha=0.2)
         run = Experiment.part_of(config.recipe(side))
-        sizes = [float(row.gradient) for row in gradients_at_the_start(run, run.load(config))]
+        sizes = [float(row.gradient) for row in gradients_at_the_start(run, dataset)]
         right.plot(range(1, len(sizes)), sizes[:-1], "o-", markersize=3, color=color, label=side)
     left.set(xscale="log", ylim=(0, 1), xlabel="learning rate", ylabel="accuracy on test images")
     left.set_title(f"{config.seeds} runs at each learning rate")

@@ -22,7 +22,7 @@ from experiments.networks import check_name
 from experiments.recipes import RECIPES
 from experiments.studies.intervals import Interval
 from experiments.training.checkpoints import silence_orbax
-from experiments.training.metrics import read_metrics
+from experiments.training.metrics import read_evaluations
 from experiments.training.processes import StopSignal
 
 _FASHION_MNIST = Experiment(
@@ -115,7 +115,7 @@ def final_accuracy(experiment: Experiment) -> float | None:
     assert experiment.workdir is not None
     if not (experiment.workdir / "metrics.jsonl").exists():
         return None
-    records = [record for record in read_metrics(experiment.workdir) if "test_accuracy" in record]
+    records = read_evaluations(experiment.workdir)
     return records[-1]["test_accuracy"] if records and records[-1]["epoch"] == experiment.epochs else None
 
 

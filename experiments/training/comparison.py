@@ -9,7 +9,7 @@ from anact_jax.diagnostics import LayerVariances
 from experiments.config import Experiment
 from experiments.data import Dataset, evaluation_batches
 from experiments.networks.build import make_network
-from experiments.training.metrics import read_metrics
+from experiments.training.metrics import read_evaluations
 from experiments.training.runs import variances_of
 from experiments.training.steps import make_steps
 
@@ -24,8 +24,9 @@ def draw_comparison(runs: tuple[Experiment, ...], dataset: Dataset, path: Path) 
     figure, (accuracies, gradients) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for run in runs:
         assert run.workdir is not None
-        points = [(r["epoch"], r["test_accuracy"]) for r in read_metrics(run.workdir) if "test_accuracy" in r]
-        accuracies.plot(*zip(*points, strict=True) if points else ([], []), ".-", label=run.activation)
+        measured = read_evaluations(run.workdir)
+        epochs, values = ([record[name] for record in measured] for name in ("epoch", "test_accuracy"))
+        accuracies.plot(epochs, values, ".-", label=run.activation)
         sizes = [float(row.gradient) for row in gradients_at_the_start(run, dataset)]
         gradients.plot(range(1, len(sizes) + 1), sizes, ".-", label=run.activation)
     accuracies.set(title="accuracy on test images", xlabel="epoch", ylim=(0, 1))

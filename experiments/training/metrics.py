@@ -67,6 +67,11 @@ def read_metrics(workdir: Path) -> list[Record]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_evaluations(workdir: Path) -> list[Record]:
+    """Those of them that measure the test split, one an epoch."""
+    return [record for record in read_metrics(workdir) if "test_accuracy" in record]
+
+
 def draw_learning_curves(workdir: Path) -> None:
     """Draws loss and accuracy over epochs from `metrics.jsonl` into `learning_curves.png`."""
     records = read_metrics(workdir)
