@@ -121,11 +121,15 @@ def tempered(f: Activation, limit: float | None) -> Activation:
 
     With e = E[f'], rho = Var[f] and rho' = E[f'^2] for x ~ N(0, 1), by Stein's lemma (Cov[f(x), x] = e),
 
-        kappa = sign(e) (sqrt(e^2 + (rho' / limit - (1 + 1 / limit) rho)) - |e|)
+        kappa = -e + sqrt(e^2 + d),    d = rho' / limit - (1 + 1 / limit) rho
 
-    and 0 where f is within the limit by itself. To limit what a network of L layers does to near examples, whatever its
-    depth, take `limit = zeta**(1 / L) - 1`; Deep Kernel Shaping (Martens et al., arXiv 2110.01765) reaches the same
-    end, with zeta = 1.5, by shifting and scaling x and f.
+    and 0 where f is within the limit by itself, d <= 0. Where f falls, with `e < -sqrt(rho) / 2` (or `e < -sqrt(d)`,
+    which comes first for limits above 0.6), the root is taken with the other sign, so that -f is tempered as f is. At
+    that place alone kappa jumps; even functions, whose e is 0 but for rounding, lie far from it.
+
+    To limit what a network of L layers does to near examples, whatever its depth, take `limit = zeta**(1 / L) - 1`;
+    Deep Kernel Shaping (Martens et al., arXiv 2110.01765) reaches the same end, with zeta = 1.5, by shifting and
+    scaling x and f.
 
     Args:
         f: any elementwise JAX function. kappa is a constant, computed while tracing; where f closes over traced values
@@ -169,5 +173,7 @@ def _leak(f: Activation, limit: float) -> Float[Array, ""]:
     off_mean = y - expectation(y)
     rho, slope_sq, mean_slope = expectation(off_mean**2), expectation(slope**2), expectation(off_mean * z)
     excess = slope_sq / limit - (1 + 1 / limit) * rho
-    kappa = jnp.sqrt(mean_slope**2 + jnp.maximum(excess, 0)) - jnp.abs(mean_slope)
-    return jnp.where((excess > 0) & (rho > 0), jnp.where(mean_slope < 0, -kappa, kappa), 0)
+    exceeds = (excess > 0) & (rho > 0)
+    falls = (mean_slope < 0) & (mean_slope**2 > jnp.minimum(rho / 4, excess))
+    root = jnp.sqrt(jnp.where(exceeds, mean_slope**2 + excess, 1))
+    return jnp.where(exceeds, jnp.where(falls, -root, root) - mean_slope, 0)

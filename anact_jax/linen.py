@@ -1,6 +1,7 @@
 """Flax Linen modules: they read state, call a pure function of `anact_jax`, and write state."""
 
 import dataclasses
+import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -17,7 +18,10 @@ from anact_jax.factors import Normalization
 from anact_jax.form import DEFAULT, Form
 from anact_jax.running import check_momentum
 from anact_jax.statistics import Stats, canonical_axes
-from anact_jax.step import anact, check_activation, initial_stats
+from anact_jax.step import anact, check_activation, initial_stats, warn_of_sharing
+
+# For each pass that is under way (one `apply` or `init`, or one body of a transform), the layers that updated in it.
+_updated: weakref.WeakKeyDictionary[Any, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
 
 class ANAct(nn.Module):
@@ -42,6 +46,8 @@ class ANAct(nn.Module):
             `init` or inference.
         axis_index_groups: indices along `axis_name` that share statistics; see `anact_jax.activation_stats`.
         dtype: of the output; by default the input's. Statistics are float32 or wider in any case.
+        shared: this layer is meant to be called several times in one pass. Otherwise the second training call in one
+            `apply` or `init` warns; bodies of `nn.scan`, `nn.remat` and `nn.jit` count as passes of their own.
         collection: name of the collection that holds the state.
 
     Examples:
@@ -72,6 +78,7 @@ class ANAct(nn.Module):
     axis_name: Hashable | Sequence[Hashable] | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
     dtype: DTypeLike | None = None
+    shared: bool = False
     collection: str = "batch_stats"
 
     def __post_init__(self) -> None:
@@ -107,6 +114,8 @@ class ANAct(nn.Module):
             self._check_state(("count", *form.moments), update)
         f = function_of(self, x)
         state = self._variables(f, form, features)
+        if update and not self.shared:
+            self._check_first()
         alpha = self.param("alpha", nn.initializers.zeros, features) if form.learned else None
 
         y, new = anact(
@@ -153,6 +162,13 @@ class ANAct(nn.Module):
                 f"{self._where} was given use_running_average twice, in the constructor and in the call; leave one out"
             )
         return bool(called_with if mode is None else mode)
+
+    def _check_first(self) -> None:
+        assert self.scope is not None
+        before = _updated.setdefault(self.scope.root, set())
+        if self.path in before:
+            warn_of_sharing(self._where)
+        before.add(self.path)
 
     def _variables(self, f: Activation, form: Form, features: tuple[int, ...]) -> dict[str, nn.Variable[Any]]:
         names = ("count", *form.moments)

@@ -1,6 +1,7 @@
 """Flax NNX modules: they read state, call a pure function of `anact_jax`, and write state."""
 
 import functools
+import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -19,7 +20,10 @@ from anact_jax.factors import Normalization
 from anact_jax.form import DEFAULT, Form
 from anact_jax.running import check_momentum
 from anact_jax.statistics import Stats, canonical_axes
-from anact_jax.step import anact, check_activation, initial_stats
+from anact_jax.step import anact, check_activation, initial_stats, warn_of_sharing
+
+# What layers wrote in a trace that is under way, by identity.
+_written: weakref.WeakValueDictionary[int, Array] = weakref.WeakValueDictionary()
 
 
 class ANAct(nnx.Module):
@@ -34,6 +38,8 @@ class ANAct(nnx.Module):
       `nnx.scan`, to restore a checkpoint, or to save `jax.jit` a second trace.
     - `.train()` and `.eval()` of this module, or of one that holds it, set `use_running_average`; `frozen=True`
       withstands them: running statistics are used, and stay as they are, in either mode.
+    - `shared=True` says that this layer is meant to be called several times in one pass. Otherwise the second training
+      call in one trace warns. Calls that are not traced cannot be told from steps of training, and do not warn.
     - `rngs` is accepted, as by `nnx.BatchNorm`, and not used.
 
     The statistics are variables of type `nnx.BatchStat`, so that a training loop written for `nnx.BatchNorm` splits and
@@ -72,6 +78,7 @@ class ANAct(nnx.Module):
         axis_name: Hashable | Sequence[Hashable] | None = None,
         axis_index_groups: Sequence[Sequence[int]] | None = None,
         dtype: DTypeLike | None = None,
+        shared: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         del rngs
@@ -87,6 +94,7 @@ class ANAct(nnx.Module):
         self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
         self.axis_index_groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))  # no state
         self.dtype = dtype
+        self.shared = shared
         prior = initial_stats(fn, self.form, sizes)
         for name in ("count", *self.form.moments):
             setattr(self, name, nnx.BatchStat(getattr(prior, name)))
@@ -142,6 +150,11 @@ class ANAct(nnx.Module):
             dtype=self.dtype,
         )
         if update:
+            count = variables["count"][...]
+            if _written.get(id(count)) is count and not self.shared:
+                warn_of_sharing(type(self).__name__)
+            if isinstance(new.count, jax.core.Tracer):
+                _written[id(new.count)] = new.count
             for name, variable in variables.items():
                 variable.set_value(getattr(new, name))
         return y

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 from anact_jax.elementwise import Activation, Constants, ExplicitActivation, traced, value_and_slope, wide_dtype
@@ -43,9 +42,9 @@ class Stats(NamedTuple):
 
 MOMENTS: tuple[str, ...] = Stats._fields[1:]
 
-_FEW = 8
-
 FEW_SHARDS = 16  # up to which moments are gathered: a table of 16 rows costs less than a second collective
+
+_ROUNDINGS = 4  # machine epsilons by which f(x) may be off
 
 _LARGEST = 1e30  # sums of squares from here on count as not finite, so that nothing below overflows in float32
 
@@ -81,6 +80,10 @@ class Shards(NamedTuple):
                 f"axis_index_groups must hold each index of axis {name!r}, 0 to {size - 1}, once, got {groups}"
             )
         return int(size)
+
+    def largest_group(self) -> int:
+        """Number of shards that share a batch, at most."""
+        return max(map(len, self.groups)) if self.groups else self.size()
 
     def group_of(self) -> np.ndarray:
         """The number of the group that each shard belongs to."""
@@ -132,8 +135,10 @@ def activation_stats(
 ) -> Stats:
     """Moments of x, f(x) and f'(x) over a batch, in float32 or wider.
 
-    Two passes: the mean of x first, then sums about it and about f of it, so that an offset of 1e4 costs no accuracy.
-    f' comes from forward-mode autodiff. For a gradient only x is kept: f(x) and f'(x) are computed again.
+    One pass: sums about an element m of each feature and about f(m), so that an offset of 1e4 costs no accuracy. m is
+    the median of three elements from different parts of the batch. With a mask, or on a mesh of several devices under
+    `jit`, m is the mean of x, which takes a pass of its own. f' comes from forward-mode autodiff. For a gradient only x
+    is kept: f(x) and f'(x) are computed again.
 
     Args:
         f: any elementwise JAX function; each output may depend on its own input only. It may close over arrays, such as
@@ -149,10 +154,13 @@ def activation_stats(
         moments: fields of `Stats` to compute, such as `form.moments`; the others are None.
 
     Returns:
-        `Stats` of shape `()`, or of x's shape at `feature_axes`. No elements: all zeros. A standard deviation that is
-        rounding, at most twice the machine epsilon of x's dtype times the mean's size, is 0. Where x, f(x) or f'(x)
-        has an element that is NaN or infinite, or squares that sum to 1e30 (one element of 1e15): NaN for the moments
-        of that feature, and no gradient through them. `update_stats` leaves such batches out.
+        `Stats` of shape `()`, or of x's shape at `feature_axes`. No elements: all zeros. A variance that rounding alone
+        could make is 0: that of x up to the square of one unit in the last place of x's dtype, that of f(x) up to the
+        square of what one such unit changes, and either up to the square of four machine epsilons of float32 (float64
+        for float64 input) times its size. A feature that varies in a few rows among many thousands alone can fall
+        below that. Where x, f(x) or f'(x) has an element that is NaN or infinite, or squares that sum to 1e30 (one
+        element of 1e15): NaN for the moments of that feature, and no gradient through them. `update_stats` leaves such
+        batches out.
 
     Raises:
         TypeError: x or f(x) is not real floating point, or f has no forward-mode derivative.
@@ -171,8 +179,8 @@ def activation_stats(
             raise ValueError(f"unknown moment {name!r}; expected some of {', '.join(MOMENTS)}")
     mask, shards = broadcast_mask(mask, x), shards_of(axis_name, axis_index_groups)
     g, constants = traced(f, x)
-    raw = measure(g, constants, x, axes, mask, shards, tuple(moments))
-    sound, varied = judge(raw, x.dtype)
+    raw, rounding = measure(g, constants, x, axes, mask, shards, tuple(moments))
+    sound, varied = judge(raw, rounding)
     found = moments_of(raw)
     for kind, varies in varied.items():
         found[f"var_{kind}"] = jnp.where(varies, found[f"var_{kind}"], 0)
@@ -236,6 +244,18 @@ def informative(batch: Stats) -> Bool[Array, "*features"]:
     return sound
 
 
+class Measured(NamedTuple):
+    """Moments as they were summed; `judge` says which of them can be used.
+
+    Attributes:
+        stats: the moments.
+        rounding: for "in" (x) and "out" (f(x)), the variance that rounding alone could make.
+    """
+
+    stats: Stats
+    rounding: dict[str, Array]
+
+
 def measure(
     g: ExplicitActivation,
     constants: Constants,
@@ -244,13 +264,17 @@ def measure(
     mask: Array | None,
     shards: Shards | None,
     moments: tuple[str, ...],
-) -> Stats:
-    """The moments of the batch as they were summed, without a gradient; `judge` tells what they are worth."""
+) -> Measured:
+    """The moments of the batch as they were summed, without a gradient."""
     f, x = partial(g, jax.lax.stop_gradient(constants)), jax.lax.stop_gradient(x)
-    local = _measured(f, x, axes, mask, moments)
-    merged = local if shards is None else _over_shards(local, shards)
-    whole = merged._replace(count=jnp.broadcast_to(merged.count, [x.shape[axis] for axis in axes]))
-    return sharded_as(whole, getattr(whole, moments[0])) if moments else whole
+    found = _measured(f, x, axes, mask, moments)
+    if shards is not None:
+        found = _over_shards(found, shards)
+    stats, rounding = found
+    stats = stats._replace(count=jnp.broadcast_to(stats.count, [x.shape[axis] for axis in axes]))
+    if moments:
+        stats = sharded_as(stats, getattr(stats, moments[0]))
+    return Measured(stats, rounding)
 
 
 def sharded_as(stats: Stats, like: Array) -> Stats:
@@ -267,24 +291,24 @@ def sharded_as(stats: Stats, like: Array) -> Stats:
     return moved_over
 
 
-def judge(stats: Stats, dtype: DTypeLike) -> tuple[Bool[Array, "*features"], dict[str, Bool[Array, "*features"]]]:
-    """Where moments that were measured of input of a dtype are sound, and where x ("in") and f(x) ("out") vary.
+def judge(
+    stats: Stats, rounding: dict[str, Array]
+) -> tuple[Bool[Array, "*features"], dict[str, Bool[Array, "*features"]]]:
+    """Where measured moments are sound, and where x ("in") and f(x) ("out") vary by more than rounding.
 
-    Sound are finite moments whose squares overflow nowhere below. What varies by no more than twice the machine epsilon
-    of its mean is constant but for rounding.
+    Sound are finite moments whose squares overflow nowhere below.
     """
-    rounding = 2 * float(jnp.finfo(dtype).eps)
     squares = [] if stats.slope_sq is None else [stats.slope_sq]
     varied = {}
     for kind, mean, variance in (("in", stats.mean_in, stats.var_in), ("out", stats.mean_out, stats.var_out)):
         if mean is not None and variance is not None:
             squares.append(variance + mean**2)
-            varied[kind] = variance > (rounding * mean) ** 2
+            varied[kind] = variance > rounding[kind]
     sound = stats.count * sum(squares) < _LARGEST
     return sound, varied
 
 
-def _measured(f: Activation, x: Array, axes: tuple[int, ...], mask: Array | None, moments: tuple[str, ...]) -> Stats:
+def _measured(f: Activation, x: Array, axes: tuple[int, ...], mask: Array | None, moments: tuple[str, ...]) -> Measured:
     """The moments of this shard; its count has no axes unless the mask differs between features."""
     dtype, reduced = wide_dtype(x.dtype), other_axes(axes, x.ndim)
     count = _count(x, axes, mask).astype(dtype)
@@ -292,12 +316,14 @@ def _measured(f: Activation, x: Array, axes: tuple[int, ...], mask: Array | None
     def mean(total: Array) -> Array:
         return total / jnp.maximum(count, 1)
 
-    few = _first_few(x, reduced) if mask is None else None
-    if few is None:  # at the price of a pass over x; on a mesh, of a message too
-        m = mean(jnp.sum(x, axis=reduced, dtype=dtype, where=mask))
-        at_m = jnp.mean(f(jnp.expand_dims(m, reduced)).astype(dtype), axis=reduced)
-    else:
-        m, at_m = (jnp.mean(v.astype(dtype), axis=reduced) for v in (few, f(few.astype(dtype))))
+    pivot = _median_of_three(x, reduced) if mask is None else None
+    if pivot is None:  # at the price of a pass over x; on a mesh, of a message too
+        pivot = mean(jnp.sum(x, axis=reduced, dtype=dtype, where=mask)).astype(x.dtype)
+    # The neighbor nearer 0 lies where f has a value: sqrt, log and arctanh end on the other side.
+    about = jnp.stack([pivot, jax.lax.nextafter(pivot, jnp.zeros_like(pivot))]).astype(dtype)
+    m, m_step = about[0], about[0] - about[1]
+    at = jnp.squeeze(f(jnp.expand_dims(about, [axis + 1 for axis in reduced])), [axis + 1 for axis in reduced])
+    at_m, at_step = at[0].astype(dtype), (at[0] - at[1]).astype(dtype)
     # 0 where f has no value there; NaN, which all sums then have, where x is not finite.
     at_m = jnp.where(jnp.isfinite(m) & jnp.isfinite(at_m), at_m, 0 * m)
 
@@ -312,28 +338,34 @@ def _measured(f: Activation, x: Array, axes: tuple[int, ...], mask: Array | None
         return found if mask is None else [jnp.where(mask, value, 0) for value in found]
 
     found = iter(map(mean, sums(terms, x, mask, m, at_m, feature_axes=axes)))
-    values: dict[str, Array] = {}
-    for kind, about in (("in", m), ("out", at_m)):
+    values, rounding = {}, {}
+    for kind, pivoted, step in (("in", m, m_step), ("out", at_m, at_step)):
         if f"var_{kind}" in moments:
             off, off_sq = next(found), next(found)
-            values[f"mean_{kind}"], values[f"var_{kind}"] = about + off, jnp.maximum(0, off_sq - off**2)
+            values[f"mean_{kind}"], values[f"var_{kind}"] = pivoted + off, jnp.maximum(0, off_sq - off**2)
+            # 1.01: f is not quite a line between neighbors.
+            step = jnp.where(jnp.isfinite(step), step, 0)
+            rounding[kind] = 1.01 * step**2 + (_ROUNDINGS * jnp.finfo(dtype).eps * pivoted) ** 2
     if "slope_sq" in moments:
         values["slope_sq"] = next(found)
-    return Stats(count, **values)
+    return Measured(Stats(count, **values), rounding)
 
 
-def _first_few(x: Array, reduced: tuple[int, ...]) -> Array | None:
-    """Elements of each feature, about whose mean the others are summed; None where they are not at hand.
+def _median_of_three(x: Array, reduced: tuple[int, ...]) -> Array | None:
+    """An element of each feature, near which most others are; None where the batch is not at hand.
 
-    Sums lose digits only where these are many deviations away from the rest.
+    Sums about it lose digits only where it lies many deviations away from nearly all others.
     """
     if not (reduced and at_hand(x) and x.size):
         return None
-    first, *others = reduced
-    few = jax.lax.slice_in_dim(x, 0, min(_FEW, x.shape[first]), axis=first)
-    for axis in others:
-        few = jax.lax.slice_in_dim(few, 0, 1, axis=axis)
-    return few
+
+    def element(sixths: int) -> Array:
+        start = [sixths * size // 6 if axis in reduced else 0 for axis, size in enumerate(x.shape)]
+        end = [first + 1 if axis in reduced else x.shape[axis] for axis, first in enumerate(start)]
+        return jnp.squeeze(jax.lax.slice(x, start, end), reduced)
+
+    a, b, c = map(element, (1, 3, 5))
+    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
 
 
 def moments_of(stats: Stats) -> dict[str, Array]:
@@ -412,7 +444,7 @@ def _differentiable_jvp(
     return stats, Stats(jnp.zeros_like(count), **{name: change / count for name, change in found.items()})
 
 
-def _over_shards(local: Stats, shards: Shards) -> Stats:
+def _over_shards(local: Measured, shards: Shards) -> Measured:
     """The moments of all shards of our group, count-weighted and without E[x^2] - E[x]^2.
 
     Few shards sum a table that has a row of moments for each: a gather, in one collective, whose result every shard is
@@ -437,7 +469,7 @@ def _over_shards(local: Stats, shards: Shards) -> Stats:
         lambda values: [jnp.sum(v, axis=0, keepdims=True) for v in values],
         jax.tree.unflatten(jax.tree.structure(local), rows),
     )
-    ours: Stats = jax.tree.map(lambda value: value[0], merged)
+    ours: Measured = jax.tree.map(lambda value: value[0], merged)
     return ours
 
 
@@ -452,9 +484,9 @@ def _split(joined: Array, like: Sequence[Array]) -> list[Array]:
     return [part.reshape(*part.shape[:-1], *value.shape) for part, value in zip(parts, like, strict=True)]
 
 
-def _merged(total: Callable[[list[Array]], list[Array]], shards: Stats) -> Stats:
+def _merged(total: Callable[[list[Array]], list[Array]], shards: Measured) -> Measured:
     """The moments of all shards together, with `total` for summing over the shards."""
-    count, moments = shards.count, moments_of(shards)
+    count, moments = shards.stats.count, moments_of(shards.stats)
     kinds = [kind for kind in ("in", "out") if f"var_{kind}" in moments]
     elements, *sums_of = total([count, *(count * moments[f"mean_{kind}"] for kind in kinds)])
     share = count / jnp.maximum(elements, 1)
@@ -463,13 +495,14 @@ def _merged(total: Callable[[list[Array]], list[Array]], shards: Stats) -> Stats
     for kind in kinds:
         off = moments[f"mean_{kind}"] - means[kind]
         terms += [share * off, share * (moments[f"var_{kind}"] + off**2)]  # the first: what rounding left in the mean
+        terms.append(share * shards.rounding[kind])
     if "slope_sq" in moments:
         terms.append(share * moments["slope_sq"])
     found = iter(total(terms))
-    merged = {}
+    merged, rounding = {}, {}
     for kind in kinds:
-        off, off_sq = next(found), next(found)
+        off, off_sq, rounding[kind] = next(found), next(found), next(found)
         merged[f"mean_{kind}"], merged[f"var_{kind}"] = means[kind], jnp.maximum(0, off_sq - off**2)
     if "slope_sq" in moments:
         merged["slope_sq"] = next(found)
-    return Stats(elements, **merged)
+    return Measured(Stats(elements, **merged), rounding)

@@ -1,6 +1,7 @@
 """`anact`: one step of a normalized activation, for any f."""
 
 import functools
+import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -150,6 +151,11 @@ def anact(
         ValueError: the form is unknown, the running statistics lack a moment that it uses or have another shape than x
             has features, momentum lies outside [0, 1], or as `activation_stats` raises.
 
+    Warns:
+        UserWarning: the running statistics are to be updated, and x has one value for each of them, over all shards.
+            They never move then. Of images under `jax.vmap` without `axis_name` this cannot be seen: one image has many
+            values a channel.
+
     Examples:
         >>> x = jax.random.normal(jax.random.key(0), (1000, 8))
         >>> y, running = anact(jax.nn.relu, x, initial_stats(jax.nn.relu, shape=(8,)))
@@ -160,21 +166,46 @@ def anact(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating point, got dtype {x.dtype}; cast it first")
     check_momentum(momentum)
-    axes = canonical_axes(form.axes, x.ndim)
+    axes, shards = canonical_axes(form.axes, x.ndim), shards_of(axis_name, axis_index_groups)
+    update = not use_running_average if update is None else update
+    if update:
+        _warn_of_one_value(x.shape, axes, shards)
     step = _compiled_step if permanent(f) else _step
     return step(
         f,
         form,
         axes,
-        shards_of(axis_name, axis_index_groups),
+        shards,
         use_running_average,
-        not use_running_average if update is None else update,
+        update,
         jnp.dtype(x.dtype if dtype is None else dtype),
         x,
         _fitting(running, form, tuple(x.shape[axis] for axis in axes), x.shape),
         broadcast_mask(mask, x),
         momentum,
         alpha,
+    )
+
+
+def _warn_of_one_value(shape: tuple[Any, ...], axes: tuple[int, ...], shards: Shards | None) -> None:
+    sizes = [shape[axis] for axis in other_axes(axes, len(shape))]
+    known = all(isinstance(size, int) for size in sizes)
+    if known and set(sizes) <= {1} and (shards is None or shards.largest_group() == 1):
+        warnings.warn(
+            f"a batch of one value a feature cannot update statistics: x has shape {shape}, with features on axes "
+            f"{axes}. If jax.vmap hides the batch, name its axis, as in jax.vmap(..., axis_name='batch') and "
+            "axis_name='batch' here; otherwise train on larger batches, or use_running_average=True",
+            stacklevel=3,
+        )
+
+
+def warn_of_sharing(layer: str) -> None:
+    """Warns that a layer updates its statistics twice in one pass."""
+    warnings.warn(
+        f"{layer} is called at several places of one pass, which share its running statistics: in inference each place "
+        "is normalized with a mixture of all. Make a layer for each place (where a model takes one as act=NSwish(), "
+        "give it the class or a function that makes one); shared=True says that it is meant",
+        stacklevel=3,
     )
 
 
@@ -217,13 +248,12 @@ def _step(
     used: Stats = jax.tree.map(lambda moment: jax.lax.stop_gradient(moment).astype(wide), running)
     told, after = jnp.zeros(running.count.shape, bool), running
     if update or not use_running_average:
-        batch = measure(g, constants, x, axes, mask, shards, form.moments)
-        sound, varied = judge(batch, x.dtype)
+        batch, rounding = measure(g, constants, x, axes, mask, shards, form.moments)
+        sound, varied = judge(batch, rounding)
         told = functools.reduce(jnp.logical_and, varied.values(), sound & (batch.count > 0))
-        # Where it is degenerate, 0 / 0 is NaN. XLA computes a division once, and all else anew in each of the many
-        # kernels that take a moment.
-        one = told.astype(wide)
-        batch = batch._replace(**{name: getattr(batch, name) * one / one for name in form.moments})
+        # XLA computes a division once, and all else anew in each of the many kernels that take a moment.
+        one = jnp.where(told, 1, 2).astype(wide)
+        batch = batch._replace(**{name: getattr(batch, name) / one for name in form.moments})
         if update:
             after = moved(running, batch, told, momentum)
         if not use_running_average:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from anact_jax import ACTIVATIONS, PUBLISHED, activation_stats, gaussian_stats, nonlinearity, tempered
+from anact_jax.activations import activation, swish
 from anact_jax.linen import NSwish
 
 
@@ -95,3 +96,50 @@ def test_module_normalizes_the_tempered_activation(dtype):
 
 def test_no_limit_leaves_the_function_alone():
     assert tempered(jax.nn.relu, None) is jax.nn.relu
+
+
+def even(x):
+    return x * jnp.tanh(x)
+
+
+def kappa(f, limit=0.1):
+    return float(tempered(f, limit).kappa)
+
+
+def test_tempered_even_function_has_one_sign():
+    in_float32 = kappa(even)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(in_float32, kappa(even), rtol=1e-5)
+    assert in_float32 > 0
+
+    def learned(slope):
+        return tempered(lambda x: x * jnp.tanh(slope * x), 0.1).kappa
+
+    slopes = jnp.array([1.0, 1.000001, 1.0001])
+    for compute in (learned, jax.jit(learned)):
+        np.testing.assert_allclose([compute(slope) for slope in slopes], in_float32, rtol=1e-3)
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.7, 1.5])
+def test_tempered_is_continuous_near_even_functions(limit):
+    found = [kappa(lambda x, tilt=tilt: even(x) + tilt * x, limit) for tilt in np.linspace(-0.05, 0.05, 21)]
+    assert np.abs(np.diff(found)).max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["relu", "swish", "softplus", "tanh", "elu"])
+@pytest.mark.parametrize("limit", [0.01, 0.1, 0.7])
+def test_falling_functions_are_tempered_as_rising(name, limit):
+    f = activation(name)
+    np.testing.assert_allclose(kappa(lambda x: -f(x), limit), -kappa(f, limit), rtol=1e-5)
+
+
+def test_tempered_starts_at_zero_beyond_the_limit():
+    """A falling function just beyond the limit is hardly changed."""
+    nu = float(nonlinearity(swish))
+    assert kappa(lambda x: -swish(x), 1.001 * nu) == 0
+    assert -0.01 < kappa(lambda x: -swish(x), 0.999 * nu) < 0
+
+
+def test_tempered_slope_of_a_constant_is_finite():
+    gradient = jax.grad(lambda slope: tempered(lambda x: slope * x * jnp.tanh(x), 0.1)(1.0))(0.0)
+    assert np.isfinite(gradient)

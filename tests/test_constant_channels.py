@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 from oracles import ALL_MOMENTS
 
 import anact_jax.nnx
@@ -76,6 +77,23 @@ def test_channel_that_is_constant_but_for_rounding_counts_as_constant(form, dtyp
     np.testing.assert_array_equal(new.count, [1, 0, 1])
     for name in form.moments:
         np.testing.assert_array_equal(getattr(new, name)[1], getattr(running, name)[1])
+
+
+@pytest.mark.parametrize("form", [DEFAULT, PUBLISHED, Form.parse(ALL_MOMENTS)], ids=str)
+def test_nan_hunters_find_nothing_in_finite_input(form):
+    x = jax.random.normal(jax.random.key(0), (32, 6))
+    x = x.at[:, 2].set(-jnp.abs(x[:, 2])).at[:, 3].set(0.0)  # a dead ReLU, a constant
+    running = initial_stats(jax.nn.relu, form, (6,) if form.axes else ())
+
+    def loss(x):
+        y, new = anact(jax.nn.relu, x, running, form)
+        return jnp.sum(y**2), new
+
+    for batch in (x, jnp.zeros_like(x)):
+        for errors in (checkify.float_checks, checkify.div_checks):
+            checkify.checkify(jax.grad(loss, has_aux=True), errors=errors)(batch)[0].throw()
+        with jax.debug_nans(True), jax.disable_jit():
+            jax.grad(loss, has_aux=True)(batch)
 
 
 @pytest.mark.parametrize("filler", [jnp.nan, -jnp.inf, 1e30])

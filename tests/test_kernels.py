@@ -183,3 +183,28 @@ def test_sums_for_the_factor_share_nothing_of_the_inputs_size_with_the_gradient_
 
     memory = jax.jit(backward).lower(x, factor, shift, x).compile().memory_analysis()
     assert memory.temp_size_in_bytes < x.nbytes  # no array of x's size is written in between
+
+
+@pytest.mark.parametrize("shape", [(211, 4), (3, 37, 4)])
+def test_indivisible_batches_equal_the_oracle(shape, small_parts):
+    x = jnp.asarray(np.random.default_rng(0).normal(1.5, 2.0, shape), jnp.float32)
+    assert loops(x, feature_axes=-1)
+    found = jax.jit(functools.partial(activation_stats, jax.nn.swish, feature_axes=-1))(x)
+    expected = oracles.stats("swish", x, axes=tuple(range(x.ndim - 1)))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, np.broadcast_to(theirs, ours.shape), rtol=1e-5)
+
+
+def test_factor_gradient_of_a_prime_batch(small_parts):
+    x = jax.random.normal(jax.random.key(0), (211, 4))
+
+    def loss(factor, shift, scaled):
+        g, constants = traced(jax.nn.swish, x)
+        return jnp.sum(jnp.sin(scaled(g, constants, x, factor, shift)))
+
+    numbers = jnp.linspace(0.5, 2.0, 4)[None], jnp.linspace(-1.0, 1.0, 4)[None]
+    found, expected = (
+        jax.jit(jax.grad(functools.partial(loss, scaled=way), argnums=(0, 1)))(*numbers)
+        for way in (anact_jax.kernels.cpu.scaled, anact_jax.kernels.cpu.formula)
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)

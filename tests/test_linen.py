@@ -105,7 +105,7 @@ def test_layer_called_twice_updates_twice():
     class Twice(nn.Module):
         @nn.compact
         def __call__(self, x, train):
-            act = NSwish(use_running_average=not train)
+            act = NSwish(use_running_average=not train, shared=True)
             return act(act(x) * 3.0)
 
     variables = Twice().init(jax.random.key(0), X, train=True)

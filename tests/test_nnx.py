@@ -201,7 +201,7 @@ def test_features_have_statistics_of_their_own():
 
 
 def expected_state(xs, **options):
-    layer = NSwish(use_running_average=False, **options)
+    layer = NSwish(use_running_average=False, shared=True, **options)
     for x in xs:
         layer(x)
     return state_of(layer)

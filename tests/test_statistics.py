@@ -277,3 +277,20 @@ def test_two_mapped_axes_share_one_batch():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call(jnp.ones((4, 3)))
+
+
+@pytest.mark.parametrize("share", [8 / 100_000, 0.01, 0.33])
+@pytest.mark.parametrize("start", [0.0, 0.4, 0.66])
+def test_outlying_run_costs_no_digits(share, start):
+    """Rows far from all others, wherever they lie: a tenth of a percent of the variance, of x and of f(x)."""
+    rows, far = 100_000, 3000.0
+    x = np.random.default_rng(0).normal(size=(rows, 2)).astype(np.float32)
+    first = int(start * rows)
+    x[first : first + int(share * rows)] -= far
+
+    def f(x):
+        return jax.nn.relu(x + far)
+
+    found = jax.jit(lambda x: activation_stats(f, x, feature_axes=-1))(x)
+    for ours, values in ((found.var_in, np.float64(x)), (found.var_out, np.maximum(np.float64(x) + far, 0))):
+        np.testing.assert_allclose(ours, values.var(0), rtol=1e-3)

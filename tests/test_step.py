@@ -135,6 +135,7 @@ FAST = [
 ALL = list(itertools.product(("relu", "swish", "tanh", "gelu"), DTYPES, (True, False)))
 
 
+@pytest.mark.filterwarnings("ignore:a batch of one value")
 @pytest.mark.parametrize(
     ("name", "dtype", "stop_gradient"),
     [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FAST)],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from anact_jax import DEFAULT, anact, initial_stats
 from anact_jax.linen import NSwish
 
 X = 0.5 + 2.0 * jax.random.normal(jax.random.key(0), (16, 6))
@@ -168,3 +169,24 @@ def test_eval_shape_and_ahead_of_time_compilation():
         expected, expected_updates = jax.jit(train)(variables, X)
         chex.assert_trees_all_equal((y, updates), (expected, expected_updates))
         variables = {**variables, **updates}
+
+
+def test_input_derivatives_agree_for_constants():
+    """Under `vmap` with a name, every mode gives the derivative of one point at the batch's statistics."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        w, b, v = rng.normal(size=(3, 16))
+        points = np.linspace(-1, 1, 32)
+        form = DEFAULT.replace(stop_gradient=True)
+        running = initial_stats(jnp.tanh, form, (16,))
+
+        def u(x):
+            return jnp.sum(v * anact(jnp.tanh, x * w + b, running, form, axis_name="points")[0])
+
+        modes = jax.hessian, lambda u: jax.jacfwd(jax.jacfwd(u)), lambda u: jax.jacrev(jax.jacrev(u))
+        found = [jax.vmap(second(u), axis_name="points")(jnp.asarray(points)) for second in modes]
+        y = np.tanh(points[:, None] * w + b)
+        factor = form.level / np.sqrt(y.var(0) + form.epsilon)
+        expected = (v * factor * w**2 * -2 * y * (1 - y**2)).sum(1)
+        for each in found:
+            np.testing.assert_allclose(each, expected, rtol=1e-9)

@@ -29,26 +29,32 @@ def sums(
     """`anact_jax.kernels.sums`, part by part of the batch: each part is read once."""
     first, last = x.shape[0] if x.ndim > 2 else 1, x.shape[-1]
     middle = x.size // (first * last)
-    width = _divisor(middle, max(1, _IN_CACHE // (first * last)))
-    shape = (first, middle // width, width, last)
+    width = _width(middle, max(1, _IN_CACHE // (first * last)))
+    parts, rest = divmod(middle, width)
+    shape = (first, middle, last)
     mask = None if mask is None else jnp.broadcast_to(mask, x.shape).reshape(shape)
     x, about = x.reshape(shape), tuple(value.reshape(1, 1, -1) for value in about)
 
-    def part(index: Array | int) -> Sequence[Array]:
+    def part(start: Array | int, width: int) -> Sequence[Array]:
         def of(array: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(array, index, axis=1, keepdims=False)  # type: ignore[no-any-return,unused-ignore]
+            return jax.lax.dynamic_slice_in_dim(array, start, width, axis=1)  # type: ignore[no-any-return,unused-ignore]
 
         return terms(of(x), None if mask is None else of(mask), *about)
 
     def add(index: Array, found: Sequence[Array]) -> Sequence[Array]:
-        return [old + new for old, new in zip(found, part(index), strict=True)]
+        return [old + new for old, new in zip(found, part(index * width, width), strict=True)]
 
-    like = jax.eval_shape(part, 0)
+    def total(term: Array) -> Array:
+        return jnp.sum(term, axis=(0, 1) if feature_axes else None)
+
+    like = jax.eval_shape(lambda: part(0, width))
     # Zeros that differ between devices as x does, as far as `shard_map` can tell.
-    none = jnp.where(x[0, 0, 0, 0] == 0, 0, 0)
+    none = jnp.where(x[0, 0, 0] == 0, 0, 0)
     start = [jnp.broadcast_to(none.astype(term.dtype), term.shape) for term in like]
-    found: Sequence[Array] = jax.lax.fori_loop(0, shape[1], add, start)
-    return [jnp.sum(total, axis=(0, 1) if feature_axes else None) for total in found]
+    found = [total(term) for term in jax.lax.fori_loop(0, parts, add, start)]
+    if rest:
+        found = [whole + total(term) for whole, term in zip(found, part(parts * width, rest), strict=True)]
+    return found
 
 
 def formula(g: ExplicitActivation, constants: Constants, x: Array, factor: Array, shift: Array) -> Array:
@@ -74,6 +80,8 @@ def _scaled_jvp(g: ExplicitActivation, primals: tuple[Any, ...], tangents: tuple
     def along_numbers(x: Array, *arrays: Array) -> Array:
         own = (axis for axis in range(x.ndim) if any(array.shape[axis] != 1 for array in arrays))
         first_own = min(next(own, x.ndim), x.ndim - 1)
+        if first_own == 1 and x.shape[0] > 2 and _divisor(x.shape[0], 64) == 1:  # one row less is an even number
+            return jnp.concatenate([along_numbers(part, *arrays) for part in (x[:-1], x[-1:])])
         merged, *flat = (a.reshape(_other_shape(a.shape, first_own, x.shape)) for a in (x, *arrays))
         change: Array = jax.jvp(functools.partial(formula, g, constants, merged), tuple(flat[:2]), tuple(flat[2:]))[1]
         return change.reshape(x.shape)
@@ -97,6 +105,12 @@ def _other_shape(shape: tuple[int, ...], shared: int, batch: tuple[int, ...]) ->
 def _divisor(size: int, at_most: int) -> int:
     """The largest divisor of a size up to a limit."""
     return next(part for part in range(min(size, at_most), 0, -1) if size % part == 0)
+
+
+def _width(size: int, at_most: int) -> int:
+    """Of equal parts of a size, if they are not much smaller than the limit; else the limit, which leaves a rest."""
+    equal = _divisor(size, at_most)
+    return equal if 2 * equal > at_most or equal == size else at_most
 
 
 def _computed_once(y: Array) -> Array:
