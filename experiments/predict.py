@@ -27,7 +27,7 @@ from experiments.data import DataError, Dataset
 from experiments.data.pipeline import standardize
 from experiments.networks import check_name
 from experiments.training.checkpoints import CheckpointError, silence_orbax
-from experiments.training.runs import load_run
+from experiments.training.runs import Run, load_run
 
 SPLITS = ("train", "test")
 
@@ -83,21 +83,30 @@ def main() -> int:
         return fail(str(error), BAD_SETTINGS)
     except CheckpointError as error:
         return fail(str(error), FAILED)
-    dataset = run.dataset
-    classify = make_classifier(run.model, run.trained.evaluated, dataset, config.batch_size)
-    if files:
-        images = np.stack(files)
-        inverted = itertools.compress(config.images, look_inverted(images, dataset))
-        if names := [str(path) for path in inverted]:
-            which = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}"
-            remedy = "leave out --invert?" if config.invert else "--invert swaps them"
-            say(f"beside the training images, light and dark look swapped in {which}; {remedy}")
-        for path, row in zip(config.images, classify(images), strict=True):
-            print(f"{printable(path)}: class {row.argmax()}, probability {row.max():.4f}")
-        return 0
+    classify = make_classifier(run.model, run.trained.evaluated, run.dataset, config.batch_size)
+    return show_files(np.stack(files), classify, run, config) if files else show_split(classify, run, config)
+
+
+def show_files(
+    images: UInt8[np.ndarray, "n height width channels"], classify: Classify, run: Run, config: PredictConfig
+) -> int:
+    """Prints the class of each image file; returns the exit status."""
+    looks = look_inverted(images, run.dataset)
+    names = [str(path) for path in itertools.compress(config.images, looks)]
+    if names:
+        which = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}"
+        remedy = "leave out --invert?" if config.invert else "--invert swaps them"
+        say(f"beside the training images, light and dark look swapped in {which}; {remedy}")
+    for path, row in zip(config.images, classify(images), strict=True):
+        print(f"{printable(path)}: class {row.argmax()}, probability {row.max():.4f}")
+    return 0
+
+
+def show_split(classify: Classify, run: Run, config: PredictConfig) -> int:
+    """Prints the accuracy on a split and draws the confusion matrix; returns the exit status."""
     picture = config.output or usual_picture(config.workdir / "confusion.png")
-    counts = np.zeros((dataset.classes, dataset.classes), int)
-    for images, labels in _batches(dataset, config):
+    counts = np.zeros((run.dataset.classes, run.dataset.classes), int)
+    for images, labels in _batches(run.dataset, config):
         np.add.at(counts, (labels, classify(images).argmax(-1)), 1)
     print(f"accuracy={np.trace(counts) / counts.sum():.4f} examples={counts.sum()} split={config.split}")
     if picture is not None:
@@ -163,8 +172,8 @@ def in_8_bits(pixels: Shaped[np.ndarray, "height width"]) -> UInt8[np.ndarray, "
         ValueError: pixels are not finite, negative or larger.
     """
     least, largest = float(pixels.min()), float(pixels.max())
-    white = next((white for white in (1, 255, 65535) if -white <= 10 * least and 10 * largest <= 11 * white), None)
-    if white is None:
+    white = next((white for white in (1, 255, 65535) if largest <= 1.1 * white), None)
+    if white is None or not least >= -0.1 * white:
         raise ValueError(f"its pixels go from {least:g} to {largest:g}; expected from 0 to 1, 255 or 65535")
     scaled: UInt8[np.ndarray, "height width"] = np.rint(pixels.clip(0, white) / white * 255).astype(np.uint8)
     return scaled
@@ -180,7 +189,8 @@ def look_inverted(images: UInt8[np.ndarray, "n height width channels"], dataset:
     usual, found = _border(dataset.train.fetch(sample)[0]), _border(images)
 
     def distance(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        return np.abs(values - values.clip(usual.min(), usual.max()))
+        beyond: Float[np.ndarray, " n"] = np.abs(values - values.clip(usual.min(), usual.max()))
+        return beyond
 
     inverted: Bool[np.ndarray, " n"] = distance(found) > distance(dataset.largest - found)
     return inverted
