@@ -193,7 +193,7 @@ def test_negatives_are_named_and_inverted_when_asked(tmp_path, run_main, untrain
     assert said.endswith(f"look swapped in {light}, {light}; leave out --invert?\n")
 
 
-def test_run_that_cannot_be_written_prints_its_accuracy(run_main, untrained):
+def test_read_only_run_prints_its_accuracy(run_main, untrained):
     (untrained / "confusion.png").mkdir()  # stands for a folder of somebody else's: it cannot be written either
     status, output = run_main(predict, untrained)
     assert status == 0
