@@ -19,6 +19,7 @@ Settings = TypeVar("Settings")
 # Exit statuses. INTERRUPTED as a shell reports SIGINT; PREEMPTED after SIGTERM, when all is saved and the same command
 # goes on: EX_TEMPFAIL of sysexits.h, "try again later", which a process that SIGTERM simply ended does not return.
 BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED = 2, 1, 130, 75
+_PICTURES = (".png", ".pdf", ".svg", ".jpg", ".webp")
 
 
 def fail(message: str, status: int) -> int:
@@ -30,6 +31,38 @@ def fail(message: str, status: int) -> int:
 def say(message: str) -> None:
     """Says something in one line, beside the results."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+
+
+def printable(path: Path) -> str:
+    """A path as text that can be printed, with backslashes where it cannot: a file's name is bytes of any kind."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return str(path).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def check_picture(path: Path) -> None:
+    """Raises, before the work, unless a picture can be written there.
+
+    Raises:
+        ValueError: the file's name does not end as that of a picture.
+        OSError: it cannot be written.
+    """
+    if path.suffix.lower() not in _PICTURES:
+        raise ValueError(f"output must end in one of {', '.join(_PICTURES)}, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
+
+
+def usual_picture(path: Path) -> Path | None:
+    """The file in a run's folder; None, which is said in a line, where it cannot be written."""
+    try:
+        check_picture(path)
+    except OSError as error:
+        say(f"no picture, which --output can put elsewhere: {error}")
+        return None
+    return path
 
 
 def table_head(*names: str) -> str:

@@ -326,6 +326,7 @@ class Experiment(Run, Recipe):
     def to_json(self) -> str:
         """All settings, readable."""
         settings = dataclasses.asdict(self) | self.recipe
+        settings["data_dir"] = self.data_dir and self.data_dir.absolute()  # to be read from any folder
         return json.dumps(settings, indent=2, default=str) + "\n"
 
     def check_same_run(self, saved: Mapping[str, Any], where: Path) -> None:

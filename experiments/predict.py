@@ -1,12 +1,13 @@
 """Classifies images with a trained network. See `python experiments/predict.py --help`."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from experiments.cli import BAD_SETTINGS, FAILED, fail
+from experiments.cli import BAD_SETTINGS, FAILED, check_picture, fail, printable, say, usual_picture
 
 # isort: split
 
@@ -18,15 +19,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from jaxtyping import Float, Int, UInt8
-from PIL import Image, UnidentifiedImageError
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tyro.conf import Positional, arg
 
 from experiments.data import DataError, Dataset
 from experiments.data.pipeline import standardize
 from experiments.networks import check_name
 from experiments.training.checkpoints import CheckpointError, silence_orbax
-from experiments.training.runs import load_run
+from experiments.training.runs import Run, load_run
 
 SPLITS = ("train", "test")
 
@@ -38,24 +39,36 @@ class PredictConfig:
     """Classifies image files, or a split of the data set, with the network of a run.
 
     For each file it prints the class and its probability. Of a split it prints the accuracy, and draws how often
-    examples of each class were taken for each other one into confusion.png in the run's folder.
+    examples of each class were taken for each other one.
     """
 
     workdir: Positional[Path]
     """folder of a run of train_resnet.py"""
     images: Positional[tuple[Path, ...]] = ()
-    """image files; they are scaled to the size of the training images"""
+    """image files; they are turned as their EXIF tag says, and scaled to the size of the training images"""
+    invert: bool = False
+    """swap light and dark in the image files: for dark digits on white paper, where the training images are light"""
     split: Annotated[str, arg(help="where no files are given, one of " + ", ".join(SPLITS))] = "test"
     batch_size: int = 256
     """images classified at once, which makes no difference but in rounding"""
     best: bool = False
     """take the checkpoint with the best test accuracy instead of the last"""
+    data_dir: Path | None = None
+    """folder of tensorflow-datasets, by default the one that the run was trained from"""
+    output: Path | None = None
+    """the picture of a split, by default confusion.png in the run's folder"""
 
     def check(self) -> None:
-        """Raises ValueError, in one line, at the first setting that cannot be."""
+        """Raises ValueError, or OSError from `output`, in one line, at the first setting that cannot be."""
         check_name("split", self.split, SPLITS)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.invert and not self.images:
+            raise ValueError("invert is for image files, and none are given")
+        if self.output is not None:
+            if self.images:
+                raise ValueError("output is for the picture of a split; with image files leave it out")
+            check_picture(self.output)
 
 
 def main() -> int:
@@ -64,23 +77,44 @@ def main() -> int:
     config = tyro.cli(PredictConfig)
     try:
         config.check()
-        run = load_run(config.workdir, best=config.best)
-        files = [read_image(path, run.dataset) for path in config.images]
+        run = load_run(config.workdir, data_dir=config.data_dir, best=config.best)
+        files = [read_image(path, run.dataset, invert=config.invert) for path in config.images]
     except (DataError, ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
     except CheckpointError as error:
         return fail(str(error), FAILED)
-    dataset = run.dataset
-    classify = make_classifier(run.model, run.trained.evaluated, dataset, config.batch_size)
-    if files:
-        for path, row in zip(config.images, classify(np.stack(files)), strict=True):
-            print(f"{path}: class {row.argmax()}, probability {row.max():.4f}")
-        return 0
-    counts = np.zeros((dataset.classes, dataset.classes), int)
-    for images, labels in _batches(dataset, config):
+    classify = make_classifier(run.model, run.trained.evaluated, run.dataset, config.batch_size)
+    return show_files(np.stack(files), classify, run, config) if files else show_split(classify, run, config)
+
+
+def show_files(
+    images: UInt8[np.ndarray, "n height width channels"], classify: Classify, run: Run, config: PredictConfig
+) -> int:
+    """Prints the class of each image file; returns the exit status."""
+    looks = look_inverted(images, run.dataset)
+    names = [str(path) for path in itertools.compress(config.images, looks)]
+    if names:
+        which = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}"
+        remedy = "leave out --invert?" if config.invert else "--invert swaps them"
+        say(f"beside the training images, light and dark look swapped in {which}; {remedy}")
+    for path, row in zip(config.images, classify(images), strict=True):
+        print(f"{printable(path)}: class {row.argmax()}, probability {row.max():.4f}")
+    return 0
+
+
+def show_split(classify: Classify, run: Run, config: PredictConfig) -> int:
+    """Prints the accuracy on a split and draws the confusion matrix; returns the exit status."""
+    picture = config.output or usual_picture(config.workdir / "confusion.png")
+    counts = np.zeros((run.dataset.classes, run.dataset.classes), int)
+    for images, labels in _batches(run.dataset, config):
         np.add.at(counts, (labels, classify(images).argmax(-1)), 1)
-    draw_confusion(counts, config.workdir / "confusion.png")
     print(f"accuracy={np.trace(counts) / counts.sum():.4f} examples={counts.sum()} split={config.split}")
+    if picture is not None:
+        try:
+            draw_confusion(counts, picture)
+        except OSError as error:
+            return fail(f"no picture: {error}", FAILED)
+        say(f"the picture is {picture}")
     return 0
 
 
@@ -100,21 +134,21 @@ def make_classifier(model: nn.Module, variables: dict[str, Any], dataset: Datase
     return classify
 
 
-def read_image(path: Path, dataset: Dataset) -> UInt8[np.ndarray, "height width channels"]:
-    """An image file in the shape and range of the data set's images.
+def read_image(path: Path, dataset: Dataset, *, invert: bool = False) -> UInt8[np.ndarray, "height width channels"]:
+    """An image file in the shape and range of the data set's images, upright as its EXIF tag says.
 
-    What is transparent is taken as white.
+    What is transparent is taken as white. With `invert` light becomes dark, and dark light.
 
     Raises:
-        ValueError: it is not an image, damaged, or too large to be one.
+        ValueError: it is not an image, damaged, too large to be one, or of pixels in no usual range.
         OSError: there is no such file.
     """
     height, width, channels = dataset.train.shape
     try:
         with Image.open(path) as file:
-            image: Image.Image = file
-            if image.mode.startswith("I"):  # 16 bits
-                image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
+            image: Image.Image = ImageOps.exif_transpose(file)
+            if image.mode.startswith(("I", "F")):  # 16 and 32 bits
+                image = Image.fromarray(in_8_bits(np.asarray(image)))
             elif image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             pixels = np.asarray(image.convert("RGB" if channels == 3 else "L").resize((width, height)))
@@ -122,9 +156,52 @@ def read_image(path: Path, dataset: Dataset) -> UInt8[np.ndarray, "height width 
         raise ValueError(f"{path} is not an image file; expected PNG, JPEG or the like") from error
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error}); expected PNG, JPEG or the like") from error
-    return np.rint(pixels.reshape(height, width, channels) / 255 * dataset.largest).astype(np.uint8)
+    pixels = pixels.reshape(height, width, channels)
+    return np.rint((255 - pixels if invert else pixels) / 255 * dataset.largest).astype(np.uint8)
+
+
+def in_8_bits(pixels: Shaped[np.ndarray, "height width"]) -> UInt8[np.ndarray, "height width"]:
+    """Grey pixels of 16 or 32 bits, or floats, from 0 to 255.
+
+    No file says what white is: it is the least of 1, 255 and 65535 that no pixel exceeds, but for a tenth, which
+    interpolation may have added.
+
+    Raises:
+        ValueError: pixels are not finite, negative or larger.
+    """
+    least, largest = float(pixels.min()), float(pixels.max())
+    white = next((white for white in (1, 255, 65535) if largest <= 1.1 * white), None)
+    if white is None or not least >= -0.1 * white:
+        raise ValueError(f"its pixels go from {least:g} to {largest:g}; expected from 0 to 1, 255 or 65535")
+    scaled: UInt8[np.ndarray, "height width"] = np.rint(pixels.clip(0, white) / white * 255).astype(np.uint8)
+    return scaled
+
+
+def look_inverted(images: UInt8[np.ndarray, "n height width channels"], dataset: Dataset) -> Bool[np.ndarray, " n"]:
+    """Which images look like negatives of the data set's, whose pixels have the same range.
+
+    Those whose border has a brightness that no training image's has, and comes nearer to them in the negative. Where
+    training images have borders of any brightness, as photographs have, none does.
+    """
+    sample = np.linspace(0, len(dataset.train) - 1, 1000).astype(int)
+    usual, found = _border(dataset.train.fetch(sample)[0]), _border(images)
+
+    def distance(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        beyond: Float[np.ndarray, " n"] = np.abs(values - values.clip(usual.min(), usual.max()))
+        return beyond
+
+    inverted: Bool[np.ndarray, " n"] = distance(found) > distance(dataset.largest - found)
+    return inverted
+
+
+def _border(images: UInt8[np.ndarray, "n height width channels"]) -> Float[np.ndarray, " n"]:
+    """The median of the pixels at each image's border."""
+    at_border = np.ones(images.shape[1:3], bool)
+    at_border[1:-1, 1:-1] = False
+    medians: Float[np.ndarray, " n"] = np.median(images[:, at_border].reshape(len(images), -1), axis=1)
+    return medians
 
 
 def draw_confusion(counts: Int[np.ndarray, "classes classes"], path: Path) -> None:

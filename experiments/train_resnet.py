@@ -20,7 +20,7 @@ import jax
 
 from anact_jax.plots import draw
 from experiments.config import SETTINGS, Data, Experiment, Network, Recipe, read_experiment, read_settings
-from experiments.data import DataError, Dataset, evaluation_batches, training_batches
+from experiments.data import DataError, Dataset, first_examples, training_batches
 from experiments.data.sets import one_line
 from experiments.networks import ActivationName, check_name
 from experiments.networks.build import check_devices, make_network
@@ -33,7 +33,7 @@ from experiments.training.metrics import MetricsLog, Unheard, draw_learning_curv
 from experiments.training.processes import StopSignal, connect
 from experiments.training.steps import make_steps
 
-GAIN_IMAGES = 256  # test images on which gains are measured
+GAIN_IMAGES = 256  # test images, at most, on which gains are measured
 _MAIN = (
     "dataset", "model", "activation", "form", "norm", "epochs", "batch_size", "learning_rate", "seed",
     "workdir", "compare",
@@ -107,7 +107,7 @@ def run(
     try:
         with Checkpoints(workdir, config) as checkpoints:
             steps = make_steps(model, config, dataset)
-            gains = gains_of(model, next(evaluation_batches(dataset, GAIN_IMAGES)).images)
+            gains = gains_of(model, first_examples(dataset, GAIN_IMAGES).images)
             try:
                 start = checkpoints.restore(first_state(steps, config), say)
             except ValueError as error:

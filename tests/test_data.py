@@ -12,6 +12,7 @@ from experiments.data import (
     Dataset,
     Shard,
     evaluation_batches,
+    first_examples,
     load,
     training_batches,
     with_subset,
@@ -328,6 +329,14 @@ def test_evaluation_sees_every_example_once(examples, batch_size, count):
     assert all(len(batch.labels) == batch_size // count for batch in batches)
     seen = np.concatenate([batch.labels[batch.valid] for batch in batches])
     np.testing.assert_array_equal(np.sort(seen), np.arange(examples))
+
+
+@pytest.mark.parametrize(("most", "count"), [(1, 1), (20, 20), (21, 21), (5000, 21)])
+def test_first_examples_are_never_filled_up(most, count):
+    images, labels, valid = first_examples(made_of(noise(1), noise(21), mean=100.0, std=50.0), most)
+    np.testing.assert_array_equal(labels, np.arange(count))
+    np.testing.assert_allclose(images * 50 + 100, noise(21).images[:count], atol=1e-3)
+    assert valid.all()
 
 
 def test_evaluation_images_are_standardized_and_not_augmented():

@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import os
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,10 +12,13 @@ from test_train_resnet import DATASET, config, small_model
 
 from anact_jax import DEFAULT
 from anact_jax.closed import BEHIND_BATCH_NORM
-from experiments import predict, train_resnet
+from experiments import inspect_runs, predict, train_resnet
 from experiments.config import SETTINGS, Experiment, read_experiment
 from experiments.data import load
-from experiments.predict import make_classifier, read_image
+from experiments.networks import make_layers
+from experiments.networks.mlp import MLP
+from experiments.predict import look_inverted, make_classifier, read_image
+from experiments.training.runs import Run
 from experiments.training.steps import make_steps
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -24,6 +29,23 @@ def classify():
     with jax.numpy_dtype_promotion("standard"):
         state = make_steps(small_model(), config(), DATASET).create(0, 0.1)
         yield make_classifier(small_model(), state.variables, DATASET, batch_size=16)
+
+
+@pytest.fixture
+def untrained(monkeypatch, tmp_path):
+    """The folder of a run on the digits, as `predict` finds it, whose network has its initial weights."""
+    digits = load("digits")
+    model = MLP(make_layers("nswish", "none"), classes=10, depth=2, width=16)
+    state = make_steps(model, config(), digits).create(0, 0.1)
+    monkeypatch.setattr(predict, "load_run", lambda *args, **options: Run(config(), digits, model, state, state))
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+def save_digit(path, row=3, negative=False):
+    grey = np.rint(load("digits").test.images[row, ..., 0] / 16 * 255).astype(np.uint8)
+    Image.fromarray(255 - grey if negative else grey).save(path, "PNG")
+    return path
 
 
 def test_one_image_gets_the_same_as_among_many(classify):
@@ -45,6 +67,29 @@ def test_an_image_file_is_read_as_the_data_set_has_it(tmp_path):
         read_image(tmp_path / "text.png", digits)
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_is_read_as_its_exif_tag_turns_it(tmp_path, orientation, ending):
+    stored_as = {  # the tag says how to get from what is stored to what is seen
+        1: lambda seen: seen,
+        2: np.fliplr,
+        3: lambda seen: np.rot90(seen, 2),
+        4: np.flipud,
+        5: np.transpose,
+        6: np.rot90,
+        7: lambda seen: np.rot90(seen, 2).T,
+        8: lambda seen: np.rot90(seen, -1),
+    }[orientation]
+    digits, exif = load("digits"), Image.Exif()
+    seen = np.zeros((64, 64), np.uint8)
+    seen[:16, :40] = 255
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored_as(seen))).save(tmp_path / f"phone.{ending}", exif=exif, quality=98)
+    Image.fromarray(seen).save(tmp_path / "seen.png")
+    found, expected = (read_image(tmp_path / name, digits) for name in (f"phone.{ending}", "seen.png"))
+    np.testing.assert_allclose(found.astype(int), expected, atol=1)
+
+
 @pytest.mark.parametrize("kind", ["16 bits", "transparent", "palette"])
 def test_any_sort_of_image_is_read_by_its_brightness(tmp_path, kind):
     digits = load("digits")
@@ -59,6 +104,53 @@ def test_any_sort_of_image_is_read_by_its_brightness(tmp_path, kind):
     np.testing.assert_allclose(found, grey / 255 * 16, atol=0.6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "white"),
+    [(np.float32, 1), (np.float32, 255), (np.float32, 65535), (np.int32, 255), (np.int32, 65535), (np.uint16, 255)],
+)
+def test_white_of_deep_pixels_is_found(tmp_path, dtype, white):
+    digits = load("digits")
+    grey = np.linspace(0, 1, 64).reshape(8, 8)
+    Image.fromarray((grey * white).astype(dtype)).save(tmp_path / "image.tif")
+    found = read_image(tmp_path / "image.tif", digits)[..., 0]
+    np.testing.assert_allclose(found, grey * 16, atol=0.6)
+    np.testing.assert_array_equal(read_image(tmp_path / "image.tif", digits, invert=True)[..., 0], found[::-1, ::-1])
+
+
+def test_values_that_interpolation_added_are_cut(tmp_path):
+    Image.fromarray(np.tile(np.float32([-0.04, 1.06]), (8, 4))).save(tmp_path / "image.tif")
+    found = read_image(tmp_path / "image.tif", load("digits"))[..., 0]
+    np.testing.assert_array_equal(found, np.tile([0, 16], (8, 4)))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "said"),
+    [
+        (np.float32([-1, 1]), "-1 to 1"),
+        (np.float32([np.nan, 1]), "nan to nan"),
+        (np.float32([0, np.inf]), "0 to inf"),
+        (np.int32([0, 100_000]), "0 to 100000"),
+    ],
+)
+def test_pixels_of_unknown_range_are_refused(tmp_path, pixels, said):
+    Image.fromarray(np.tile(pixels, (8, 4))).save(tmp_path / "image.tif")
+    with pytest.raises(
+        ValueError, match=rf"image\.tif cannot .*\(its pixels go from {said}; expected from 0 to 1, 255"
+    ):
+        read_image(tmp_path / "image.tif", load("digits"))
+
+
+def test_negatives_are_told_from_images():
+    digits = load("digits")
+    images = digits.test.images
+    assert not look_inverted(images, digits).any()
+    assert look_inverted(16 - images, digits).all()
+    grey_paper = (12 - images.clip(max=12)).astype(np.uint8)
+    assert look_inverted(grey_paper, digits).mean() > 0.9
+    noise = DATASET.test.images  # borders of any brightness: nothing can be said
+    assert look_inverted(255 - noise, DATASET).mean() < 0.05
+
+
 def test_images_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     digits = load("digits")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).save(tmp_path / "whole.png")
@@ -69,6 +161,91 @@ def test_images_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"whole\.png cannot be read as an image \(Image size"):
         read_image(tmp_path / "whole.png", digits)
+
+
+def test_a_name_of_any_bytes_costs_no_line(tmp_path, run_main, untrained):
+    files = [
+        save_digit(tmp_path / os.fsdecode(name), row) for row, name in enumerate((b"0.png", b"\xff.png", b"2.png"))
+    ]
+    status, output = run_main(predict, untrained, *files)
+    assert (status, output.err) == (0, "")
+    names = [line.partition(": class")[0] for line in output.out.splitlines()]
+    assert names == [str(tmp_path / name) for name in ("0.png", "\\udcff.png", "2.png")]
+
+
+def test_negatives_are_named_and_inverted_when_asked(tmp_path, run_main, untrained):
+    light, dark = save_digit(tmp_path / "light.png"), save_digit(tmp_path / "dark.png", negative=True)
+
+    def classes(*arguments):
+        status, output = run_main(predict, untrained, *arguments)
+        assert status == 0
+        return [line.partition(": ")[2] for line in output.out.splitlines()], output.err
+
+    (of_light, of_dark), said = classes(light, dark)
+    assert of_light != of_dark
+    assert said == (
+        f"predict.py: beside the training images, light and dark look swapped in {dark}; --invert swaps them\n"
+    )
+    assert classes(dark, "--invert") == ([of_light], "")
+    assert classes(light) == ([of_light], "")
+    (of_both, _), said = classes(light, light, "--invert")
+    assert of_both == of_dark
+    assert said.endswith(f"look swapped in {light}, {light}; leave out --invert?\n")
+
+
+def test_read_only_run_prints_its_accuracy(run_main, untrained):
+    (untrained / "confusion.png").mkdir()  # stands for a folder of somebody else's: it cannot be written either
+    status, output = run_main(predict, untrained)
+    assert status == 0
+    assert re.fullmatch(r"accuracy=0\.\d{4} examples=360 split=test\n", output.out)
+    assert output.err.startswith("predict.py: no picture, which --output can put elsewhere: ")
+    assert output.err.count("\n") == 1
+    elsewhere = untrained.parent / "new" / "picture.svg"
+    status, output = run_main(predict, untrained, "--output", elsewhere)
+    assert (status, output.err) == (0, f"predict.py: the picture is {elsewhere}\n")
+    assert "<svg" in elsewhere.read_text()
+
+
+def test_a_picture_that_fails_costs_no_accuracy(monkeypatch, run_main, untrained):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(predict, "draw_confusion", full)
+    status, output = run_main(predict, untrained)
+    assert status == 1
+    assert output.out.startswith("accuracy=")
+    assert output.err == "predict.py: no picture: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "picture.txt"], "output must end in one of .png, .pdf, .svg, .jpg, .webp, got picture.txt"),
+        (["--output", "picture"], "output must end in one of"),
+        (["--output", "/dev/null/new/picture.png"], "Not a directory"),
+        (["--output", "folder.png"], "Is a directory"),
+        (["image.png", "--output", "picture.png"], "output is for the picture of a split"),
+        (["--invert"], "invert is for image files, and none are given"),
+    ],
+)
+def test_settings_are_checked_before_the_run_is_read(arguments, message, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
+    monkeypatch.setattr(predict, "load_run", lambda *_, **__: pytest.fail("the run was read"))
+    refused(predict, tmp_path, *arguments, message=message)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_data_folder_is_found_from_anywhere(tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    workdir = tmp_path / "run"
+    train_resnet.prepare_workdir(workdir, Experiment(dataset="mnist", model="mlp5", data_dir=Path("data")))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    refused(predict, workdir, message=f"mnist is not prepared in {tmp_path / 'data' / 'mnist'}")
+    other = tmp_path / "other"
+    refused(predict, workdir, "--data-dir", other, message=f"mnist is not prepared in {other / 'mnist'}")
+    refused(inspect_runs, workdir, "--data-dir", other, message=f"mnist is not prepared in {other / 'mnist'}")
 
 
 def test_settings_come_back_as_they_were_written(tmp_path):

@@ -1,6 +1,6 @@
 """Data sets by name, and the batches that they are fed in. One interface for all: see `sets` and `pipeline`."""
 
-from experiments.data.pipeline import Augmentation, Batch, Shard, evaluation_batches, training_batches
+from experiments.data.pipeline import Augmentation, Batch, Shard, evaluation_batches, first_examples, training_batches
 from experiments.data.sets import DATASETS, DataError, Dataset, Examples, load, with_subset
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Examples",
     "Shard",
     "evaluation_batches",
+    "first_examples",
     "load",
     "training_batches",
     "with_subset",

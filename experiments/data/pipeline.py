@@ -105,6 +105,14 @@ def evaluation_batches(dataset: Dataset, batch_size: int, *, shard: Shard = _WHO
     return iter(batches.to_iter_dataset(_READ_AHEAD))
 
 
+def first_examples(dataset: Dataset, most: int) -> Batch:
+    """The first test examples, at most this many, as one batch that nothing fills up.
+
+    For what is measured over a whole batch, such as gains and variances: there each copy would count as an example.
+    """
+    return _EvaluationBatch(dataset, _WHOLE)(np.arange(min(most, len(dataset.test))))
+
+
 @dataclasses.dataclass(frozen=True)
 class _TrainingRows:
     """The rows of each batch: a new permutation in each epoch."""

@@ -169,7 +169,10 @@ def load(name: str, data_dir: Path | None = None, memory_limit: int = MEMORY_LIM
     kind = _STORED[name]
     builder = make_builder(name, data_dir)
     if not builder.is_prepared():
-        raise DataError(f"{name} is not prepared in {builder.data_path}; first: {_prepare_command(name, data_dir)}")
+        raise DataError(
+            f"{name} is not prepared in {builder.data_path}; if it is elsewhere, --data-dir says where; if not, first: "
+            f"{_prepare_command(name, data_dir)}"
+        )
     try:
         train, test = (builder.as_data_source(split=split) for split in ("train", kind.test_split))
         shape, classes = builder.info.features["image"].shape, builder.info.features["label"].num_classes

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
+from experiments.cli import BAD_SETTINGS, check_picture, fail, table_head, table_row
 
 # isort: split
 
@@ -85,7 +85,7 @@ def main() -> int:
         config.check_batch(dataset)
         recipe = Recipe.part_of(config)
         model = make_network(recipe, dataset, for_ensemble(layers_of(recipe)))
-        config.output.parent.mkdir(parents=True, exist_ok=True)
+        check_picture(config.output)
     except (DataError, ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
     found = study(model, recipe, dataset)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
+from experiments.cli import BAD_SETTINGS, check_picture, fail, table_head, table_row
 
 # isort: split
 
@@ -73,7 +73,7 @@ def main() -> int:
     try:
         config.check()
         results = Results(config.workdir / "results.jsonl")
-        config.output.parent.mkdir(parents=True, exist_ok=True)
+        check_picture(config.output)
     except (DataError, ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
     accuracies = {side: measure(config, side, results) for side in SIDES}

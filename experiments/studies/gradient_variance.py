@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from experiments.cli import BAD_SETTINGS, FAILED, fail
+from experiments.cli import BAD_SETTINGS, FAILED, check_picture, fail
 
 # isort: split
 
@@ -116,7 +116,7 @@ def main() -> int:
     dataset = load("digits")
     try:
         config.check(dataset)
-        config.output.parent.mkdir(parents=True, exist_ok=True)
+        check_picture(config.output)
     except (ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from experiments.cli import BAD_SETTINGS, fail
+from experiments.cli import BAD_SETTINGS, check_picture, fail
 
 # isort: split
 
@@ -96,7 +96,7 @@ def main() -> int:
     try:
         config.check()
         networks = {form: make_network(config.recipe(form), dataset) for form in config.forms}
-        config.output.parent.mkdir(parents=True, exist_ok=True)
+        check_picture(config.output)
     except (ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
     results = {}

@@ -7,7 +7,7 @@ import matplotlib
 
 from anact_jax.diagnostics import LayerVariances
 from experiments.config import Experiment
-from experiments.data import Dataset, evaluation_batches
+from experiments.data import Dataset, first_examples
 from experiments.networks.build import make_network
 from experiments.training.metrics import read_evaluations
 from experiments.training.runs import variances_of
@@ -16,7 +16,7 @@ from experiments.training.steps import make_steps
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-_IMAGES = 128  # test images on which gradients are measured
+_IMAGES = 128  # test images, at most, on which gradients are measured
 
 
 def draw_comparison(runs: tuple[Experiment, ...], dataset: Dataset, path: Path) -> None:
@@ -44,6 +44,6 @@ def gradients_at_the_start(run: Experiment, dataset: Dataset) -> tuple[LayerVari
     """Signals and gradients of a run's network with its initial weights, on test images."""
     model = make_network(run, dataset)
     initial = make_steps(model, run, dataset).create(run.seed, run.learning_rate)
-    batch = next(evaluation_batches(dataset, _IMAGES))
-    found: tuple[LayerVariances, ...] = jax.device_get(variances_of(model)(initial.variables, batch))
+    images, labels, _ = first_examples(dataset, _IMAGES)
+    found: tuple[LayerVariances, ...] = jax.device_get(variances_of(model)(initial.variables, images, labels))
     return found

@@ -1,21 +1,27 @@
 """Finished runs of train_resnet.py, read back, and what their layers did."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from anact_jax.diagnostics import LayerVariances, variances
 from experiments.cli import say
 from experiments.config import Experiment, read_experiment
-from experiments.data import Batch, Dataset
+from experiments.data import Dataset
 from experiments.networks.build import make_network
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.steps import TrainState, make_steps
+
+MeasuredVariances: TypeAlias = Callable[
+    [dict[str, Any], Float[np.ndarray, "n height width channels"], Int[np.ndarray, " n"]], tuple[LayerVariances, ...]
+]
 
 
 class Run(NamedTuple):
@@ -36,8 +42,10 @@ class Run(NamedTuple):
     trained: TrainState
 
 
-def load_run(workdir: Path, *, best: bool = False) -> Run:
+def load_run(workdir: Path, *, data_dir: Path | None = None, best: bool = False) -> Run:
     """The run in a folder, at its last checkpoint, or at the one with the best test accuracy.
+
+    Its data set is read from `data_dir`, by default from where it was at training.
 
     Raises:
         OSError: there is none.
@@ -46,6 +54,8 @@ def load_run(workdir: Path, *, best: bool = False) -> Run:
         CheckpointError: no checkpoint can be read.
     """
     config = read_experiment(workdir)
+    if data_dir is not None:
+        config = dataclasses.replace(config, data_dir=data_dir)
     dataset = config.load_data()
     model = make_network(config, dataset)
     initial = make_steps(model, config, dataset).create(config.seed, config.learning_rate)
@@ -56,12 +66,17 @@ def load_run(workdir: Path, *, best: bool = False) -> Run:
     return Run(config, dataset, model, initial, position.state)
 
 
-def variances_of(model: nn.Module) -> Callable[[dict[str, Any], Batch], tuple[LayerVariances, ...]]:
-    """The function from variables and a batch to a network's signals and gradients by layer, in training mode."""
+def variances_of(model: nn.Module) -> MeasuredVariances:
+    """The function from variables, images and labels to a network's signals and gradients by layer, in training mode.
 
-    def loss(variables: dict[str, Any], batch: Batch) -> Array:
-        logits, _ = model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
-        losses: Array = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return losses.mean(where=batch.valid)
+    Every image counts, in the statistics too.
+    """
+
+    def loss(
+        variables: dict[str, Any], images: Float[Array, "n height width channels"], labels: Int[Array, " n"]
+    ) -> Array:
+        logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        losses: Array = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean()
 
     return jax.jit(variances(loss))
