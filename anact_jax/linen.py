@@ -6,13 +6,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.core import bind
+from flax.linen.transforms import get_module_scopes, set_module_scopes
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from anact_jax import activations
 from anact_jax.activations import tempered
 from anact_jax.closed import BEHIND_BATCH_NORM, applied_behind, behind_batch_norm, check_closed, closed_normalization
-from anact_jax.elementwise import Activation, wide_dtype
+from anact_jax.elementwise import Activation, shared, wide_dtype
 from anact_jax.factors import Normalization
 from anact_jax.form import DEFAULT, Form
 from anact_jax.running import check_momentum
@@ -63,7 +65,8 @@ class ANAct(nn.Module):
         (8, 1)
     """
 
-    fn: Activation = activations.swish
+    # Not in the class, where `nnx.bridge.ToNNX` would take it for a method.
+    fn: Activation = dataclasses.field(default_factory=lambda: activations.swish)
     _: dataclasses.KW_ONLY
     form: Form | str = DEFAULT
     momentum: ArrayLike = 0.9
@@ -78,6 +81,7 @@ class ANAct(nn.Module):
         check_activation(self.fn, type(self).__name__)
         check_momentum(self.momentum)
         object.__setattr__(self, "form", Form.parse(self.form))
+        object.__setattr__(self, "fn", self.fn if isinstance(self.fn, nn.Module) else shared(self.fn))
         super().__post_init__()
 
     @nn.compact
@@ -106,6 +110,7 @@ class ANAct(nn.Module):
         if not self.is_initializing():
             self._check_state(("count", *form.moments), update)
         f = function_of(self, x)
+        known = set(self.variables.get("params", ()))
         state = self._variables(f, form, features)
         alpha = self.param("alpha", nn.initializers.zeros, features) if form.learned else None
 
@@ -127,6 +132,13 @@ class ANAct(nn.Module):
         if update and not self.is_initializing():
             for name, variable in state.items():
                 variable.value = getattr(new, name)
+        made = sorted(set(self.variables.get("params", ())) - known - {"alpha"}) if self.is_initializing() else ()
+        if made:
+            raise TypeError(
+                f"fn of {self._where} makes modules within ({', '.join(made)}), and it is traced several times, with "
+                "parameters of their own each time; make the module once and hand it over, as in "
+                f"{type(self).__name__}(nn.PReLU()), or in {type(self).__name__}(nn.Sequential([nn.PReLU(), nn.tanh]))"
+            )
         return y
 
     @property
@@ -265,12 +277,22 @@ class BatchNormAct(nn.BatchNorm):
 
 def function_of(layer: ANAct | BatchNormAct, x: Array | None = None) -> Activation:
     """A layer's `fn`; of a Linen module, what it computes with its parameters, which `init` makes for this x."""
-    if not isinstance(layer.fn, nn.Module):
-        return layer.fn
+    module = layer.fn
+    if not isinstance(module, nn.Module):
+        return module
     if layer.is_initializing() and x is not None:
-        layer.fn(x)
-    fn, variables = layer.fn.unbind()
-    return lambda x: fn.apply(variables, x)  # type: ignore[return-value]
+        module(x)
+    # A module made in a compact method holds others that stand beside it: as Flax's transforms do, take the scopes of
+    # all of them.
+    scopes, _, _ = get_module_scopes(module, (), {})
+    variables = [scope.variables() for scope in scopes]
+
+    def f(x: Array) -> Array:
+        bound, _, _ = set_module_scopes(module, (), {}, [bind(held) for held in variables])
+        return bound(x)  # type: ignore[no-any-return]
+
+    f.__name__ = type(module).__name__
+    return f
 
 
 class NReLU(ANAct):

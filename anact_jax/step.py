@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from anact_jax.activations import tempered
-from anact_jax.elementwise import Activation, Constants, permanent, traced, while_tracing, wide_dtype
+from anact_jax.elementwise import Activation, Constants, known, traced, while_tracing, wide_dtype
 from anact_jax.factors import normalization
 from anact_jax.form import DEFAULT, Form
 from anact_jax.gaussian import gaussian_stats
@@ -161,9 +161,10 @@ def anact(
         raise TypeError(f"x must be floating point, got dtype {x.dtype}; cast it first")
     check_momentum(momentum)
     axes = canonical_axes(form.axes, x.ndim)
-    step = _compiled_step if permanent(f) else _step
+    same = known(f, x)
+    step = _step if same is None else _compiled_step
     return step(
-        f,
+        f if same is None else same,
         form,
         axes,
         shards_of(axis_name, axis_index_groups),
@@ -251,4 +252,4 @@ def check_activation(fn: object, layer: str) -> None:
             f"{fn.shape} and dtype {fn.dtype}"
         )
     if not callable(fn):
-        raise TypeError(f"fn must be an elementwise function such as jax.nn.swish, got {fn!r}")
+        raise TypeError(f"fn of {layer} must be an elementwise function such as jax.nn.swish, got {fn!r}")
