@@ -128,7 +128,7 @@ class Known:
 
 
 def known(f: Activation, x: Array) -> Activation | None:
-    """f as a static argument of a compiled function of x, such that no call gets what was traced for another function.
+    """A static argument for a compiled function of x, such that no call gets what was traced for another f.
 
     None where that is impossible, as f closes over arrays or has a reverse rule alone, or does not pay: outside of a
     trace a number that changes from call to call would compile each.
@@ -187,7 +187,7 @@ class Shared:
 
 
 def shared(f: Activation) -> Activation:
-    """f, in a form that equals its deep copy; see `Shared`."""
+    """The function, in a form that equals its deep copy; see `Shared`."""
     return f if isinstance(f, FunctionType | Shared) else Shared(f)
 
 
@@ -219,13 +219,12 @@ def check_elementwise(f: Activation) -> None:
             "input are those of one function: give the layer one slope, or each group of channels a layer of its own"
         ) from error
     g, constants = traced(f, x)
-    stand_ins = [_stand_in(value) for value in constants]
+    stand_ins = tuple(_stand_in(value) for value in constants)
     if any(value is None for value in stand_ins):
         return
     changed = np.arange(x.size) == x.size // 2
-    high, low = (
-        _computed(lambda g, at: g(stand_ins, jnp.where(changed, at, x)), g, (at,))[~changed] for at in (9.0, -4.0)
-    )
+    filled = functools.partial(g, stand_ins)
+    high, low = (_computed(lambda f, at: f(jnp.where(changed, at, x)), filled, (at,))[~changed] for at in (9.0, -4.0))
     size = max(np.abs(y[np.isfinite(y)]).max(initial=0) for y in (high, low))
     # A loop that runs until all elements have converged moves the others, by rounding.
     if not np.allclose(high, low, rtol=0, atol=1e-4 * size, equal_nan=True):

@@ -1,7 +1,7 @@
 """Flax Linen modules: they read state, call a pure function of `anact_jax`, and write state."""
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -132,13 +132,8 @@ class ANAct(nn.Module):
         if update and not self.is_initializing():
             for name, variable in state.items():
                 variable.value = getattr(new, name)
-        made = sorted(set(self.variables.get("params", ())) - known - {"alpha"}) if self.is_initializing() else ()
-        if made:
-            raise TypeError(
-                f"fn of {self._where} makes modules within ({', '.join(made)}), and it is traced several times, with "
-                "parameters of their own each time; make the module once and hand it over, as in "
-                f"{type(self).__name__}(nn.PReLU()), or in {type(self).__name__}(nn.Sequential([nn.PReLU(), nn.tanh]))"
-            )
+        if self.is_initializing():
+            self._check_made_nothing(known)
         return y
 
     @property
@@ -152,6 +147,17 @@ class ANAct(nn.Module):
         name = type(self).__name__
         path = "/".join(self.path) if self.scope is not None else ""
         return f"{name} {path!r}" if path else name
+
+    def _check_made_nothing(self, known: set[str]) -> None:
+        """Raises TypeError if tracing fn has made parameters, beside those that were known."""
+        made = sorted(set(self.variables.get("params", ())) - known - {"alpha"})
+        if made:
+            name = type(self).__name__
+            raise TypeError(
+                f"fn of {self._where} makes a module each time it is called ({made[0]}), and it is traced several "
+                f"times; make the module once and hand it over, as in {name}(nn.PReLU()) or "
+                f"{name}(nn.Sequential([nn.PReLU(), nn.tanh]))"
+            )
 
     def _mode(self, called_with: bool | None) -> bool:
         mode = self.use_running_average
@@ -277,19 +283,23 @@ class BatchNormAct(nn.BatchNorm):
 
 def function_of(layer: ANAct | BatchNormAct, x: Array | None = None) -> Activation:
     """A layer's `fn`; of a Linen module, what it computes with its parameters, which `init` makes for this x."""
-    module = layer.fn
-    if not isinstance(module, nn.Module):
-        return module
+    if not isinstance(layer.fn, nn.Module):
+        return layer.fn
     if layer.is_initializing() and x is not None:
-        module(x)
+        layer.fn(x)
+    return unbound(layer.fn)
+
+
+def unbound(module: nn.Module) -> Callable[..., Any]:
+    """What a bound module computes with its variables, as a function that may be traced by any transform."""
     # A module made in a compact method holds others that stand beside it: as Flax's transforms do, take the scopes of
     # all of them.
     scopes, _, _ = get_module_scopes(module, (), {})
     variables = [scope.variables() for scope in scopes]
 
-    def f(x: Array) -> Array:
-        bound, _, _ = set_module_scopes(module, (), {}, [bind(held) for held in variables])
-        return bound(x)  # type: ignore[no-any-return]
+    def f(*args: Any, **kwargs: Any) -> Any:
+        clone, _, _ = set_module_scopes(module, (), {}, [bind(held) for held in variables])
+        return clone(*args, **kwargs)
 
     f.__name__ = type(module).__name__
     return f

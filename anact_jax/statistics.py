@@ -248,7 +248,7 @@ def measure(
     """The moments of the batch as they were summed, without a gradient; `judge` tells what they are worth."""
     f, x = partial(g, jax.lax.stop_gradient(constants)), jax.lax.stop_gradient(x)
     local = _measured(f, x, axes, mask, moments)
-    merged = local if shards is None else _over_shards(local, shards)
+    merged = local if shards is None else jax.tree.map(_placed_as, _over_shards(local, shards), local)
     whole = merged._replace(count=jnp.broadcast_to(merged.count, [x.shape[axis] for axis in axes]))
     return sharded_as(whole, getattr(whole, moments[0])) if moments else whole
 
@@ -442,7 +442,20 @@ def _over_shards(local: Stats, shards: Shards) -> Stats:
 
 
 def _joined(values: Sequence[Array]) -> Array:
-    return jnp.concatenate([value.ravel() for value in values])
+    return jnp.concatenate([_placed(value, (None,) * value.ndim).ravel() for value in values])
+
+
+def _placed(value: Array, spec: tuple[Any, ...]) -> Array:
+    """The same value, sharded so: features may be, under a partly manual `shard_map` on an Explicit mesh."""
+    sharding = jax.typeof(value).sharding
+    if tuple(sharding.spec) == spec:
+        return value
+    placed: Array = jax.sharding.reshard(value, sharding.update(spec=spec))
+    return placed
+
+
+def _placed_as(value: Array, like: Array) -> Array:
+    return _placed(value, tuple(jax.typeof(like).sharding.spec))
 
 
 def _split(joined: Array, like: Sequence[Array]) -> list[Array]:

@@ -252,4 +252,4 @@ def check_activation(fn: object, layer: str) -> None:
             f"{fn.shape} and dtype {fn.dtype}"
         )
     if not callable(fn):
-        raise TypeError(f"fn of {layer} must be an elementwise function such as jax.nn.swish, got {fn!r}")
+        raise TypeError(f"fn must be an elementwise function such as jax.nn.swish, got {fn!r}")
