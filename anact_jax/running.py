@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
@@ -50,6 +51,11 @@ def update_stats(running: Stats, batch: Stats, *, momentum: ArrayLike = 0.9) -> 
 
 def moved(running: Stats, batch: Stats, taken_in: Bool[Array, "*features"], momentum: ArrayLike) -> Stats:
     """`update_stats`, of the features that are to be taken in."""
+    if jnp.shape(momentum) not in ((), taken_in.shape):
+        raise ValueError(
+            f"momentum must be one number, or one for each feature, of shape {taken_in.shape}; got shape "
+            f"{jnp.shape(momentum)}"
+        )
     running = sharded_as(running, taken_in)
     seen = running.count.astype(batch.count.dtype) + 1
     weight = jnp.maximum(1 - jnp.asarray(momentum, seen.dtype), 1 / seen)
@@ -108,6 +114,8 @@ def restored(saved: Mapping[str, Any], fresh: Mapping[str, Any], *, start_anew: 
 
 
 def check_momentum(momentum: ArrayLike) -> None:
-    """Raises ValueError unless momentum is a weight, where it is known."""
-    if not isinstance(momentum, jax.core.Tracer) and not 0 <= float(momentum) <= 1:  # type: ignore[arg-type]
+    """Raises ValueError unless momentum is a weight, or one for each feature, where it is known."""
+    if not isinstance(momentum, jax.core.Tracer) and not np.all(
+        (np.asarray(momentum) >= 0) & (np.asarray(momentum) <= 1)
+    ):
         raise ValueError(f"momentum is the weight of the past and must lie in [0, 1], got {momentum}")
