@@ -4,39 +4,34 @@ The Flax modules live in `anact_jax.linen` and `anact_jax.nnx`; importing this p
 """
 
 from anact_jax.activations import ACTIVATIONS, activation, nonlinearity, tempered
-from anact_jax.closed import closed_normalization
-from anact_jax.elementwise import Activation
-from anact_jax.factors import Gains, Normalization, gains, normalization
-from anact_jax.form import DEFAULT, PUBLISHED, REFERENCES, RULES, Form
+from anact_jax.forms import Form, Standardized
 from anact_jax.gaussian import gaussian_stats
+from anact_jax.published import Gains, Published, gains
 from anact_jax.running import restored, update_stats
-from anact_jax.statistics import MOMENTS, Stats, activation_stats, informative
+from anact_jax.statistics import MOMENTS, FactorAndShift, Stats, activation_stats, informative
 from anact_jax.step import anact, initial_stats, normalize
+from anact_jax.tracing import Activation
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ACTIVATIONS",
-    "DEFAULT",
     "MOMENTS",
-    "PUBLISHED",
-    "REFERENCES",
-    "RULES",
     "Activation",
+    "FactorAndShift",
     "Form",
     "Gains",
-    "Normalization",
+    "Published",
+    "Standardized",
     "Stats",
     "activation",
     "activation_stats",
     "anact",
-    "closed_normalization",
     "gains",
     "gaussian_stats",
     "informative",
     "initial_stats",
     "nonlinearity",
-    "normalization",
     "normalize",
     "restored",
     "tempered",

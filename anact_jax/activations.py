@@ -1,6 +1,7 @@
 """Elementwise activations by name, as plain functions that pickle and copy; how far they are from linear."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -9,8 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from anact_jax.elementwise import Activation, while_tracing
-from anact_jax.form import check_nonlinearity
+from anact_jax.tracing import Activation, while_tracing
 from anact_jax.gaussian import gaussian_stats, under_normal
 
 
@@ -149,9 +149,15 @@ def tempered(f: Activation, limit: float | None) -> Activation:
     """
     if limit is None:
         return f
-    check_nonlinearity(limit)
+    check_tempering(limit)
     kappa: Any = while_tracing(_leak, f, limit)
     return Leaky(f, float(kappa) if isinstance(kappa, np.ndarray) else kappa)
+
+
+def check_tempering(limit: float) -> None:
+    """Raises ValueError unless it is a positive number."""
+    if not 0 < limit < math.inf:
+        raise ValueError(f"tempering must be a positive number, or None to leave the activation as it is, got {limit}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 import anact_jax.nnx
 from anact_jax import linen
-from anact_jax.elementwise import wide_dtype
+from anact_jax.tracing import wide_dtype
 from anact_jax.export import constants, running_stats
 from anact_jax.factors import Normalization, gains, normalization
 from anact_jax.form import DEFAULT, Form

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from anact_jax import linen, nnx
-from anact_jax.elementwise import wide_dtype
+from anact_jax.tracing import wide_dtype
 from anact_jax.factors import Normalization, normalization
 from anact_jax.form import Form
 from anact_jax.statistics import Stats, canonical_axes, other_axes

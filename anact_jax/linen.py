@@ -13,14 +13,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from anact_jax import activations
-from anact_jax.activations import tempered
-from anact_jax.closed import BEHIND_BATCH_NORM, applied_behind, behind_batch_norm, check_closed, closed_normalization
-from anact_jax.elementwise import Activation, shared, wide_dtype
-from anact_jax.factors import Normalization
-from anact_jax.form import DEFAULT, Form
+from anact_jax.forms import Form, form_of
 from anact_jax.running import check_momentum
-from anact_jax.statistics import Stats, canonical_axes
+from anact_jax.statistics import FactorAndShift, Stats, feature_axes
 from anact_jax.step import anact, check_activation, initial_stats, warn_of_sharing
+from anact_jax.tracing import Activation, by_reference, widened
 
 # For each pass that is under way (one `apply` or `init`, or one body of a transform), the layers that updated in it.
 _updated: weakref.WeakKeyDictionary[Any, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
@@ -29,9 +26,10 @@ _updated: weakref.WeakKeyDictionary[Any, set[tuple[str, ...]]] = weakref.WeakKey
 class ANAct(nn.Module):
     """An activation normalized by the statistics of its batch, threaded like `nn.BatchNorm`.
 
-    `y = lambda * (f(x) - c)`; see `anact_jax.normalization` for lambda and c. In training they come from the batch, and
-    running averages are kept in the collection `batch_stats`; in inference they come from those averages. Before the
-    first training batch the averages are those of `fn` under a standard normal input.
+    `y = factor * (f(x) - shift)`, by default with mean 0 and deviation 0.5 in each channel; see `anact_jax.Standardized`.
+    In training factor and shift come from the batch, and running averages are kept in the collection `batch_stats`; in
+    inference they come from those averages. Before the first training batch the averages are those of `fn` under a
+    standard normal input.
 
     Initialize the weights before it with variance 1 / fan-in (LeCun, Flax's default). Do not use He initialization: the
     layer already applies the gain it compensates for.
@@ -39,7 +37,13 @@ class ANAct(nn.Module):
     Attributes:
         fn: any elementwise JAX function, or a Linen module that is one, such as `nn.PReLU()`. A function that closes
             over a parameter is differentiated in it, through the statistics as well.
-        form: a `Form` or its text: `"default"`, `"published"`, or options as in `"forward+center+unit+diff+feature"`.
+        form: `Standardized(...)`, `Published(...)`, `"default"` or `"published"`. Without it the options below make a
+            `Standardized`; beside it they are refused.
+        std: deviation of the output.
+        center: subtract the mean.
+        axis: the feature axis; None for one set of statistics a layer.
+        tempering: largest nonlinearity of what is normalized; see `anact_jax.tempered`.
+        stop_gradient: treat factor and shift as constants under differentiation.
         momentum: `new = momentum * old + (1 - momentum) * batch`; see `anact_jax.update_stats`. It may be traced.
         use_running_average: inference (True) or training (False), here or in the call.
         update: take the batch into the running averages; by default in training only. With `use_running_average=True`
@@ -74,7 +78,12 @@ class ANAct(nn.Module):
     # Not in the class, where `nnx.bridge.ToNNX` would take it for a method.
     fn: Activation = dataclasses.field(default_factory=lambda: activations.swish)
     _: dataclasses.KW_ONLY
-    form: Form | str = DEFAULT
+    form: Form | str | None = None
+    std: float = 0.5
+    center: bool = True
+    axis: int | None = -1
+    tempering: float | None = None
+    stop_gradient: bool = False
     momentum: ArrayLike = 0.9
     use_running_average: bool | None = None
     update: bool | None = None
@@ -87,8 +96,9 @@ class ANAct(nn.Module):
     def __post_init__(self) -> None:
         check_activation(self.fn, type(self).__name__)
         check_momentum(self.momentum)
-        object.__setattr__(self, "form", Form.parse(self.form))
-        object.__setattr__(self, "fn", self.fn if isinstance(self.fn, nn.Module) else shared(self.fn))
+        options = {name: getattr(self, name) for name in ("std", "center", "axis", "tempering", "stop_gradient")}
+        object.__setattr__(self, "form", form_of(self.form, **options))
+        object.__setattr__(self, "fn", self.fn if isinstance(self.fn, nn.Module) else by_reference(self.fn))
         super().__post_init__()
 
     @nn.compact
@@ -110,10 +120,10 @@ class ANAct(nn.Module):
             ValueError: the mode is set nowhere or twice; the state is missing, or not mutable in training, or has
                 another width.
         """
-        form = Form.parse(self.form)
+        form = form_of(self.form)
         inference = self._mode(use_running_average)
         update = not inference if self.update is None else self.update
-        features = tuple(x.shape[axis] for axis in canonical_axes(form.axes, x.ndim))
+        features = tuple(x.shape[axis] for axis in feature_axes(form.axis, x.ndim))
         if not self.is_initializing():
             self._check_state(("count", *form.moments), update)
         f = function_of(self, x)
@@ -147,8 +157,47 @@ class ANAct(nn.Module):
 
     @property
     def activation(self) -> Activation:
-        """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
-        return tempered(function_of(self), Form.parse(self.form).nonlinearity)
+        """What is normalized: `fn`, tempered if the form says so."""
+        return form_of(self.form).activation(function_of(self))
+
+    def running_stats(self) -> Stats:
+        """Running statistics of a bound layer, in float32 or wider.
+
+        Raises:
+            ValueError: the layer is not bound to its variables.
+        """
+        names = ("count", *form_of(self.form).moments)
+        return Stats(**{name: widened(self._held(self.collection, name)) for name in names})
+
+    def normalization(self) -> FactorAndShift:
+        """Factor and shift of a bound layer in inference.
+
+        `layer.bind({"batch_stats": ...})` binds one, with what `model.init` and training put under the layer's name; of a
+        learned form its `"params"` too. Before training they are those of a standard normal input.
+
+        Raises:
+            ValueError: the layer is not bound to its variables.
+
+        Examples:
+            >>> import jax, jax.numpy as jnp
+            >>> layer = NReLU(std=1.0, use_running_average=True)
+            >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 1)))
+            >>> [round(float(value[0]), 3) for value in layer.bind(variables).normalization()]
+            [1.713, 0.399]
+        """
+        form = form_of(self.form)
+        return form.factor_and_shift(self.running_stats(), self._held("params", "alpha") if form.learned else None)
+
+    def _held(self, collection: str, name: str) -> Array:
+        value: Array | None = None if self.scope is None else self.get_variable(collection, name)
+        if value is None:
+            wanted = (self.collection, *(["params"] if form_of(self.form).learned else []))
+            raise ValueError(
+                f"{type(self).__name__} has no {collection}/{name}: a Linen layer must be bound to its own variables, "
+                f"layer.bind({{{', '.join(f'{kind!r}: ...' for kind in wanted)}}}), each as it stands in the model's "
+                "under the layer's name"
+            )
+        return jnp.asarray(value)
 
     @property
     def _where(self) -> str:
@@ -196,9 +245,8 @@ class ANAct(nn.Module):
         shape = jnp.shape(state["count"].value)
         if shape not in ((), features):
             raise ValueError(
-                f"{self._where} has statistics of shape {shape}, but its input has {features} features (axes "
-                f"{form.axes}); a layer serves one width: give each place a layer of its own, or share one with "
-                "feature_axes=() in its form"
+                f"{self._where} has statistics of shape {shape}, but its input has {features} features (axis "
+                f"{form.axis}); a layer serves one width: give each place a layer of its own, or share one with axis=None"
             )
         return state
 
@@ -223,81 +271,7 @@ class ANAct(nn.Module):
             )
 
 
-class BatchNormAct(nn.BatchNorm):
-    """`nn.BatchNorm` and a normalized activation behind it, as one layer that measures nothing but BatchNorm's own.
-
-    What BatchNorm gives out has in each channel the mean beta (its `bias`) and the deviation
-    `|gamma| sqrt(v / (v + epsilon))` (gamma its `scale`, v its running variance), so that factor and shift of
-    `lambda * (f(x) - c)` follow from parameters: see `anact_jax.closed_normalization`. They follow training, and are
-    the same in training and inference.
-
-    It takes all that `nn.BatchNorm` takes, and holds the same parameters and statistics under the same names: a
-    checkpoint of BatchNorm loads into a layer of the same name. Behind LayerNorm or GroupNorm nothing is known of a
-    channel; use `ANAct` there.
-
-    Attributes:
-        fn: as in `ANAct`.
-        form: a `Form` or its text. `feature_axes` are those of BatchNorm's `axis`, or `()` for one factor a layer;
-            `"unit"` needs `()`.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> layer = BatchNormAct(fn=jax.nn.relu, use_running_average=False)
-        >>> x = jnp.ones((8, 4)) * jnp.arange(8.0)[:, None]
-        >>> variables = layer.init(jax.random.key(0), x)
-        >>> sorted(variables["params"]), sorted(variables["batch_stats"])
-        (['bias', 'scale'], ['mean', 'var'])
-        >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
-    """
-
-    fn: Activation = activations.swish
-    form: Form | str = BEHIND_BATCH_NORM
-
-    def __post_init__(self) -> None:
-        check_activation(self.fn, type(self).__name__)
-        object.__setattr__(self, "form", Form.parse(self.form))
-        check_closed(Form.parse(self.form))
-        super().__post_init__()
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "*shape"],
-        use_running_average: bool | None = None,
-        *,
-        mask: Shaped[Array, "..."] | None = None,
-    ) -> Float[Array, "*shape"]:
-        """Normalized activation of BatchNorm(x), in x's shape; the arguments are those of `nn.BatchNorm`."""
-        y = super().__call__(x, use_running_average, mask=mask)
-        form = Form.parse(self.form)
-        if form.learned:
-            features = self.get_variable("batch_stats", "var").shape if form.axes else ()
-            self.param("alpha", nn.initializers.zeros, features)
-        return self.activate(y)
-
-    @property
-    def activation(self) -> Activation:
-        """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
-        return tempered(function_of(self), Form.parse(self.form).nonlinearity)
-
-    def activate(self, y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The normalized activation alone, of what BatchNorm gives out."""
-        return applied_behind(function_of(self, y), y, self.axis, Form.parse(self.form), self.normalization(y.dtype))
-
-    def normalization(self, dtype: DTypeLike = jnp.float32) -> Normalization:
-        """Factor and shift that follow from the layer's parameters, for an input of this dtype."""
-        form = Form.parse(self.form)
-        mean, std = behind_batch_norm(
-            self.get_variable("params", "scale") if self.use_scale else None,
-            self.get_variable("params", "bias") if self.use_bias else None,
-            jnp.asarray(self.get_variable("batch_stats", "var"), wide_dtype(dtype)),
-            self.epsilon,
-        )
-        alpha = self.get_variable("params", "alpha") if form.learned else None
-        return closed_normalization(function_of(self), mean, std, form, alpha=alpha)
-
-
-def function_of(layer: ANAct | BatchNormAct, x: Array | None = None) -> Activation:
+def function_of(layer: ANAct, x: Array | None = None) -> Activation:
     """A layer's `fn`; of a Linen module, what it computes with its parameters, which `init` makes for this x."""
     if not isinstance(layer.fn, nn.Module):
         return layer.fn

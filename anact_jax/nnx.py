@@ -13,14 +13,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from anact_jax import activations
-from anact_jax.activations import tempered
-from anact_jax.closed import BEHIND_BATCH_NORM, applied_behind, behind_batch_norm, check_closed, closed_normalization
-from anact_jax.elementwise import Activation, shared, wide_dtype
-from anact_jax.factors import Normalization
-from anact_jax.form import DEFAULT, Form
+from anact_jax.forms import Form, form_of
 from anact_jax.running import check_momentum
-from anact_jax.statistics import Stats, canonical_axes
+from anact_jax.statistics import FactorAndShift, Stats, feature_axes
 from anact_jax.step import anact, check_activation, initial_stats, warn_of_sharing
+from anact_jax.tracing import Activation, by_reference, widened
 
 # What layers wrote in a trace that is under way, by identity.
 _written: weakref.WeakValueDictionary[int, Array] = weakref.WeakValueDictionary()
@@ -29,11 +26,11 @@ _written: weakref.WeakValueDictionary[int, Array] = weakref.WeakValueDictionary(
 class ANAct(nnx.Module):
     """An activation normalized by the statistics of its batch, threaded like `nnx.BatchNorm`.
 
-    `y = lambda * (f(x) - c)`, the same numbers as `anact_jax.linen.ANAct` with the same options, whose docstring
+    `y = factor * (f(x) - shift)`, the same numbers as `anact_jax.linen.ANAct` with the same options, whose docstring
     describes them. What only NNX has:
 
     - `fn` may be an NNX module, such as `nnx.PReLU()`: its parameters are part of this module's state.
-    - `features`: the sizes of the form's `feature_axes`, such as the width of the layer before. Without it the state is
+    - `features`: the size of the feature axis, the width of the layer before. Without it the state is
       of shape () until the first training batch, which then shapes it; name it where shapes must not change, as under
       `nnx.scan`, to restore a checkpoint, or to save `jax.jit` a second trace.
     - `.train()` and `.eval()` of this module, or of one that holds it, set `use_running_average`; `frozen=True`
@@ -68,9 +65,14 @@ class ANAct(nnx.Module):
     def __init__(
         self,
         fn: Activation = activations.swish,
-        features: int | Sequence[int] | None = None,
+        features: int | None = None,
         *,
-        form: Form | str = DEFAULT,
+        form: Form | str | None = None,
+        std: float = 0.5,
+        center: bool = True,
+        axis: int | None = -1,
+        tempering: float | None = None,
+        stop_gradient: bool = False,
         momentum: ArrayLike = 0.9,
         use_running_average: bool = False,
         update: bool | None = None,
@@ -84,9 +86,11 @@ class ANAct(nnx.Module):
         del rngs
         check_activation(fn, type(self).__name__)
         check_momentum(momentum)
-        self.form = Form.parse(form)
+        self.form = form_of(
+            form, std=std, center=center, axis=axis, tempering=tempering, stop_gradient=stop_gradient
+        )
         sizes = self._sizes(features)
-        self.fn = fn if isinstance(fn, nnx.Module) else shared(fn)
+        self.fn = fn if isinstance(fn, nnx.Module) else by_reference(fn)
         self.momentum = momentum
         self.use_running_average = use_running_average
         self.update = update
@@ -122,14 +126,14 @@ class ANAct(nnx.Module):
         if self.frozen:
             use_running_average = True
         update = not self.frozen and (not use_running_average if self.update is None else self.update)
-        features = tuple(x.shape[axis] for axis in canonical_axes(self.form.axes, x.ndim))
+        features = tuple(x.shape[axis] for axis in feature_axes(self.form.axis, x.ndim))
         if self.count.shape not in ((), features):
             raise ValueError(
                 f"{type(self).__name__} has statistics of shape {self.count.shape}, but its input has {features} "
-                f"features (axes {self.form.axes}); a layer serves one width: give each place a layer of its own, or "
-                "share one with feature_axes=() in its form"
+                f"features (axis {self.form.axis}); a layer serves one width: give each place a layer of its own, or "
+                "share one with axis=None"
             )
-        variables = {name: getattr(self, name) for name in ("count", *self.form.moments)}
+        variables = self._variables
         y, new = anact(
             self.fn,
             x,
@@ -165,90 +169,35 @@ class ANAct(nnx.Module):
 
     @property
     def activation(self) -> Activation:
-        """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
-        return tempered(self.fn, self.form.nonlinearity)
+        """What is normalized: `fn`, tempered if the form says so."""
+        return self.form.activation(self.fn)
+
+    def running_stats(self) -> Stats:
+        """Running statistics, in float32 or wider."""
+        return Stats(**{name: widened(variable[...]) for name, variable in self._variables.items()})
+
+    def normalization(self) -> FactorAndShift:
+        """Factor and shift in inference; before training they are those of a standard normal input.
+
+        Examples:
+            >>> [round(float(value), 3) for value in NReLU(std=1.0).normalization()]
+            [1.713, 0.399]
+        """
+        return self.form.factor_and_shift(self.running_stats(), None if self.alpha is None else self.alpha[...])
+
+    @property
+    def _variables(self) -> dict[str, nnx.BatchStat[Array]]:
+        return {name: getattr(self, name) for name in ("count", *self.form.moments)}
 
     def _sizes(self, features: Any) -> tuple[int, ...]:
-        name, axes = type(self).__name__, self.form.axes
+        name = type(self).__name__
         if isinstance(features, jax.Array | np.ndarray) and features.ndim:
             raise TypeError(
                 f"{name} is a layer: {name}(...)(x); it takes the number of features, got an array of shape "
                 f"{features.shape} and dtype {features.dtype}"
             )
-        if features is None:
-            if self.form.learned:
-                raise ValueError(f"a learned form needs features, the sizes of feature_axes {axes}, as in features=64")
-            return ()
-        sizes = tuple(map(int, features)) if isinstance(features, Sequence) else (int(features),)
-        if len(sizes) != len(axes):
-            raise ValueError(
-                f"features must give the size of each of feature_axes {axes}, as in features=64 for feature_axes -1; "
-                f"got {features}"
-            )
-        return sizes
-
-
-class BatchNormAct(nnx.BatchNorm):
-    """`nnx.BatchNorm` and a normalized activation behind it, as one layer that measures nothing but BatchNorm's own.
-
-    The same numbers as `anact_jax.linen.BatchNormAct`, whose docstring describes it. `fn` and `form` come beside the
-    options of `nnx.BatchNorm`; `fn` may be an NNX module.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> from flax import nnx
-        >>> layer = BatchNormAct(4, fn=jax.nn.relu, rngs=nnx.Rngs(0))
-        >>> layer.train()
-        >>> layer(jnp.ones((8, 4)) * jnp.arange(8.0)[:, None]).shape
-        (8, 4)
-    """
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        fn: Activation = activations.swish,
-        form: Form | str = BEHIND_BATCH_NORM,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ) -> None:
-        check_activation(fn, type(self).__name__)
-        self.form = Form.parse(form)
-        check_closed(self.form)
-        super().__init__(num_features, rngs=rngs, **options)
-        self.fn = fn
-        features = (num_features,) if self.form.axes else ()
-        self.alpha = nnx.Param(jnp.zeros(features)) if self.form.learned else None
-
-    def __call__(
-        self,
-        x: Float[Array, "*shape"],
-        use_running_average: bool | None = None,
-        *,
-        mask: Shaped[Array, "..."] | None = None,
-    ) -> Float[Array, "*shape"]:
-        """Normalized activation of BatchNorm(x), in x's shape; the arguments are those of `nnx.BatchNorm`."""
-        return self.activate(super().__call__(x, use_running_average, mask=mask))
-
-    @property
-    def activation(self) -> Activation:
-        """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
-        return tempered(self.fn, self.form.nonlinearity)
-
-    def activate(self, y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The normalized activation alone, of what BatchNorm gives out."""
-        return applied_behind(self.fn, y, self.axis, self.form, self.normalization(y.dtype))
-
-    def normalization(self, dtype: DTypeLike = jnp.float32) -> Normalization:
-        """Factor and shift that follow from the layer's parameters, for an input of this dtype."""
-        mean, std = behind_batch_norm(
-            None if self.scale is None else self.scale[...],
-            None if self.bias is None else self.bias[...],
-            self.var[...].astype(wide_dtype(dtype)),
-            self.epsilon,
-        )
-        alpha = None if self.alpha is None else self.alpha[...]
-        return closed_normalization(self.fn, mean, std, self.form, alpha=alpha)
+        # One set of statistics a layer has the shape () whatever the width.
+        return () if features is None or self.form.axis is None else (int(features),)
 
 
 class NReLU(ANAct):

@@ -11,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from anact_jax.elementwise import Activation, Constants, ExplicitActivation, traced, value_and_slope, wide_dtype
+from anact_jax.tracing import Activation, Constants, ExplicitActivation, traced, value_and_slope, wide_dtype
 from anact_jax.kernels import at_hand, sums
 
 
 class Stats(NamedTuple):
     """Population moments of an activation's input x and output f(x).
 
-    Every field has the same shape: `()` for one layer, or that of the feature axes, such as `(C,)`. The dtype is
-    float32, or float64 for float64 input. A moment that was not measured, since no form needs it, is None; the types do
-    not say so, for those who measure all.
+    Every field has the same shape: `()` for one layer, or `(C,)` for C channels. The dtype is float32, or float64 for
+    float64 input. A moment that was not measured is None, which the types leave out for those who measure all.
 
     Attributes:
         count: elements behind the moments; in running statistics, batches taken in; 0 for the Gaussian reference of
@@ -41,6 +40,28 @@ class Stats(NamedTuple):
 
 
 MOMENTS: tuple[str, ...] = Stats._fields[1:]
+
+
+class FactorAndShift(NamedTuple):
+    """The two numbers of a normalized activation, `factor * (f(x) - shift)`."""
+
+    factor: Float[Array, "*features"]
+    shift: Float[Array, "*features"]
+
+
+def require(stats: Stats, names: Sequence[str]) -> list[Array]:
+    """These moments.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    missing = [name for name in names if getattr(stats, name) is None]
+    if missing:
+        raise ValueError(
+            f"the statistics have no {', '.join(missing)}; measure them by activation_stats, or gains_on_batch of a model"
+        )
+    return [getattr(stats, name) for name in names]
+
 
 FEW_SHARDS = 16  # up to which moments are gathered: a table of 16 rows costs less than a second collective
 
@@ -127,7 +148,7 @@ def activation_stats(
     f: Activation,
     x: Float[Array, "*shape"],
     *,
-    feature_axes: int | Sequence[int] = (),
+    axis: int | None = None,
     mask: Shaped[Array, "..."] | None = None,
     axis_name: Hashable | Sequence[Hashable] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -144,8 +165,8 @@ def activation_stats(
         f: any elementwise JAX function; each output may depend on its own input only. It may close over arrays, such as
             a learned slope, and is differentiated in them too.
         x: input of any shape.
-        feature_axes: axes that keep statistics of their own; `()` gives one set for the layer, `-1` one for each
-            channel of channels-last input.
+        axis: the feature axis, whose channels have statistics of their own, such as -1 for channels-last input; None for
+            one set a layer.
         mask: broadcastable to x; elements where it is zero or False are left out, whatever they hold.
         axis_name: mapped axis or axes (of `pmap`, `vmap` or `shard_map`) that share the batch. The result is then
             exact over all of them, each shard weighted by its count.
@@ -154,7 +175,7 @@ def activation_stats(
         moments: fields of `Stats` to compute, such as `form.moments`; the others are None.
 
     Returns:
-        `Stats` of shape `()`, or of x's shape at `feature_axes`. No elements: all zeros. A variance that rounding alone
+        `Stats` of shape `()`, or of x's size along `axis`. No elements: all zeros. A variance that rounding alone
         could make is 0: that of x up to the square of one unit in the last place of x's dtype, that of f(x) up to the
         square of what one such unit changes, and either up to the square of four machine epsilons of float32 (float64
         for float64 input) times its size. A feature that varies in a few rows among many thousands alone can fall
@@ -164,7 +185,7 @@ def activation_stats(
 
     Raises:
         TypeError: x or f(x) is not real floating point, or f has no forward-mode derivative.
-        ValueError: f changes the shape, an axis does not exist or comes twice, the mask does not broadcast, `axis_name`
+        ValueError: f changes the shape, the axis does not exist, the mask does not broadcast, `axis_name`
             is not bound here, the groups do not hold each of its indices once, or a moment is unknown.
 
     Examples:
@@ -173,7 +194,7 @@ def activation_stats(
         [4.0, 0.5, 1.25, 0.75, 0.6875, 0.5]
     """
     x = jnp.asarray(x)
-    axes = canonical_axes(feature_axes, x.ndim)
+    axes = feature_axes(axis, x.ndim)
     for name in moments:
         if name not in MOMENTS:
             raise ValueError(f"unknown moment {name!r}; expected some of {', '.join(MOMENTS)}")
@@ -190,23 +211,21 @@ def activation_stats(
     return stats
 
 
-def canonical_axes(feature_axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    """Feature axes as sorted non-negative integers.
+def feature_axes(axis: int | None, ndim: int) -> tuple[int, ...]:
+    """The feature axis of an array of `ndim` axes, counted from the front; none for None.
 
     Raises:
-        ValueError: an axis does not exist in an array of `ndim` axes, or comes twice.
+        ValueError: there is no such axis.
 
     Examples:
-        >>> canonical_axes((-1, 0), 3)
-        (0, 2)
+        >>> feature_axes(-1, 3), feature_axes(None, 3)
+        ((2,), ())
     """
-    given = tuple(feature_axes) if isinstance(feature_axes, Sequence) else (feature_axes,)
-    if any(not -ndim <= axis < ndim for axis in given):
-        raise ValueError(f"feature_axes {given} must lie between {-ndim} and {ndim - 1} for input with {ndim} axes")
-    axes = tuple(sorted(int(axis) % ndim for axis in given))
-    if len(set(axes)) != len(axes):
-        raise ValueError(f"feature_axes {given} name the same axis twice in input with {ndim} axes")
-    return axes
+    if axis is None:
+        return ()
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis {axis} must lie between {-ndim} and {ndim - 1} for input with {ndim} axes")
+    return (axis % ndim,)
 
 
 def other_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:

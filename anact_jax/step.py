@@ -11,10 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from anact_jax.activations import tempered
-from anact_jax.elementwise import Activation, Constants, known, traced, while_tracing, wide_dtype
-from anact_jax.factors import normalization
-from anact_jax.form import DEFAULT, Form
+from anact_jax.tracing import Activation, Constants, known, traced, while_tracing, wide_dtype
+from anact_jax.forms import Form, Standardized, form_of
 from anact_jax.gaussian import gaussian_stats
 from anact_jax.kernels import scaling
 from anact_jax.running import check_momentum, moved
@@ -22,8 +20,8 @@ from anact_jax.statistics import (
     Shards,
     Stats,
     broadcast_mask,
-    canonical_axes,
     differentiable,
+    feature_axes,
     judge,
     measure,
     other_axes,
@@ -76,38 +74,37 @@ def normalize(
     return y.astype(x.dtype)
 
 
-def initial_stats(f: Activation, form: Form | str = DEFAULT, shape: tuple[int, ...] = ()) -> Stats:
-    """Running statistics before the first batch: those of f, tempered as the form says, under a standard normal input.
+def initial_stats(f: Activation, form: Form | str = Standardized(), shape: tuple[int, ...] = ()) -> Stats:
+    """Running statistics before the first batch: those of the form's function under a standard normal input.
 
     Args:
         f: any elementwise JAX function.
-        form: a `Form` or its text.
-        shape: `()`, or the sizes of `form.feature_axes`, such as `(channels,)`.
+        form: `Standardized(...)`, `Published(...)`, or a word, see `form_of`.
+        shape: `()`, or `(channels,)` of a form with an axis.
 
     Returns:
         `Stats` of that shape with `form.moments` and count 0.
 
     Examples:
-        >>> stats = initial_stats(jax.nn.relu, "forward+unit")
+        >>> stats = initial_stats(jax.nn.relu)
         >>> [None if moment is None else round(float(moment), 3) for moment in stats]
         [0.0, None, None, 0.399, 0.341, None]
     """
-    form = Form.parse(form)
-    limits = () if form.nonlinearity is None else (form.nonlinearity,)
-    prior = while_tracing(_tempered_stats, f, *limits)
+    form = form_of(form)
+    prior = while_tracing(_stats_of_form, f, form)
     fields = {name: jnp.broadcast_to(getattr(prior, name), shape) for name in ("count", *form.moments)}
     return Stats(**fields)
 
 
-def _tempered_stats(f: Activation, limit: float | None = None) -> Stats:
-    return gaussian_stats(tempered(f, limit))
+def _stats_of_form(f: Activation, form: Form) -> Stats:
+    return gaussian_stats(form.activation(f))
 
 
 def anact(
     f: Activation,
     x: Float[Array, "*shape"],
     running: Stats,
-    form: Form | str = DEFAULT,
+    form: Form | str = Standardized(),
     *,
     momentum: ArrayLike = 0.9,
     use_running_average: bool = False,
@@ -120,8 +117,8 @@ def anact(
 ) -> tuple[Float[Array, "*shape"], Stats]:
     """One step of an adaptively normalized activation: input and state in, output and state out.
 
-    `y = lambda * (f(x) - c)` with f tempered as `form.nonlinearity` says, and lambda and c from `normalization`, of the
-    statistics of this batch or of the running ones. The Flax modules are shells around this function; with another
+    `y = factor * (f(x) - shift)` with f = `form.activation(f)`, and `form.factor_and_shift` of the statistics of this
+    batch or of the running ones. The Flax modules are shells around this function; with another
     framework, or none, call it yourself. The backward pass stores only x: f(x) and f'(x) are computed again.
 
     Args:
@@ -130,7 +127,7 @@ def anact(
         x: floating-point input of any shape.
         running: running statistics, at first `initial_stats(f, form)`. Statistics of shape () serve for every feature.
             Moments that the form does not use are left out of what is returned.
-        form: a `Form` or its text; see `Form.parse`.
+        form: `Standardized(...)`, `Published(...)`, or a word, see `form_of`.
         momentum: weight of the past, in [0, 1], a number or an array; see `update_stats`.
         use_running_average: normalize with `running` (inference) or with this batch (training). A degenerate batch (see
             `informative`) is normalized with `running` as well.
@@ -140,7 +137,7 @@ def anact(
             elements hold changes nothing else; those that are not finite, or 1e15 and larger, are taken as 0.
         axis_name: see `activation_stats`.
         axis_index_groups: see `activation_stats`.
-        alpha: the parameter of a learned form, see `normalization`: `0.3 tanh(alpha)` is added to lambda.
+        alpha: the parameter of `Published(learned=True)`: `0.3 tanh(alpha)` is added to the factor.
         dtype: of y; by default x's.
 
     Returns:
@@ -162,11 +159,11 @@ def anact(
         >>> round(float(jnp.std(y[:, 0])), 3), float(running.count[0])
         (0.5, 1.0)
     """
-    form, x = Form.parse(form), jnp.asarray(x)
+    form, x = form_of(form), jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating point, got dtype {x.dtype}; cast it first")
     check_momentum(momentum)
-    axes, shards = canonical_axes(form.axes, x.ndim), shards_of(axis_name, axis_index_groups)
+    axes, shards = feature_axes(form.axis, x.ndim), shards_of(axis_name, axis_index_groups)
     update = not use_running_average if update is None else update
     if update:
         _warn_of_one_value(x.shape, axes, shards)
@@ -220,8 +217,8 @@ def _fitting(running: Stats, form: Form, features: tuple[Any, ...], shape: tuple
         )
     if running.count.shape not in ((), features):
         raise ValueError(
-            f"running statistics of shape {running.count.shape} do not fit feature_axes {form.axes} of x with shape "
-            f"{shape}, which need {features}; set feature_axes as when they were made, or make them anew"
+            f"running statistics of shape {running.count.shape} do not fit axis {form.axis} of x with shape {shape}, "
+            f"which needs {features}; set axis as when they were made, or make them anew"
         )
     kept = {name: jnp.asarray(getattr(running, name)) for name in ("count", *form.moments)}
     return Stats(**{name: jnp.broadcast_to(value, features) for name, value in kept.items()})
@@ -244,7 +241,7 @@ def _step(
     wide, reduced, scaled = wide_dtype(x.dtype), other_axes(axes, x.ndim), scaling(x, axes)
     if mask is not None:  # 0 times infinity, in a gradient, is not 0
         x = jnp.where(mask | (jnp.abs(x).astype(wide) < _LARGEST), x, 0)
-    f = tempered(f, form.nonlinearity)
+    f = form.activation(f)
     g, constants = traced(f, x)
     used: Stats = jax.tree.map(lambda moment: jax.lax.stop_gradient(moment).astype(wide), running)
     told, after = jnp.zeros(running.count.shape, bool), running
@@ -263,7 +260,7 @@ def _step(
     def formula(constants: Constants, x: Array, used: Stats, alpha: Array | None) -> Array:
         if not (form.stop_gradient or use_running_average):
             used = differentiable(g, axes, shards, constants, x, mask, used, told)
-        factor, shift = (jnp.expand_dims(value, reduced) for value in normalization(used, form, alpha=alpha))
+        factor, shift = (jnp.expand_dims(value, reduced) for value in form.factor_and_shift(used, alpha))
         return scaled(g, constants, x, factor, shift).astype(dtype)
 
     y: Array = jax.checkpoint(formula)(constants, x, used, alpha)

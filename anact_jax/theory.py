@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from anact_jax.elementwise import Activation, permanent, wide_dtype
+from anact_jax.tracing import Activation, permanent, wide_dtype
 from anact_jax.factors import Normalization
 from anact_jax.gaussian import gaussian_stats
 from anact_jax.statistics import Stats

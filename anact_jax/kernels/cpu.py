@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from anact_jax.elementwise import Constants, ExplicitActivation
+from anact_jax.tracing import Constants, ExplicitActivation
 
 _IN_CACHE = 2**17  # elements that a CPU takes at a time
 

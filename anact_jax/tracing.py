@@ -38,6 +38,11 @@ def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     return wide
 
 
+def widened(value: Array) -> Array:
+    """The array in its wide dtype."""
+    return value.astype(wide_dtype(value.dtype))
+
+
 def traced(f: Activation, x: Array | np.ndarray) -> tuple[ExplicitActivation, Constants]:
     """`(g, constants)` with `g(constants, x) = f(x)` for x of any shape, computed in the wide dtype of this x.
 
@@ -52,7 +57,7 @@ def traced(f: Activation, x: Array | np.ndarray) -> tuple[ExplicitActivation, Co
         raise TypeError(f"x must be floating point, got dtype {x.dtype}; cast it first")
     wide = wide_dtype(x.dtype)
 
-    def widened(x: Array) -> Array:
+    def in_wide_dtype(x: Array) -> Array:
         return f(x.astype(wide)).astype(wide)
 
     closed = jax.make_jaxpr(lambda x: f(x.astype(wide)))(x)
@@ -67,14 +72,14 @@ def traced(f: Activation, x: Array | np.ndarray) -> tuple[ExplicitActivation, Co
                 "f closes over arrays and defines its derivative by jax.custom_vjp, which has no forward mode; define "
                 "it by jax.custom_jvp, which serves both"
             )
-        with_both_modes = _with_forward_mode(widened)
+        with_both_modes = _with_forward_mode(in_wide_dtype)
         return lambda constants, x: with_both_modes(x), ()
     if not closed.consts:
-        return lambda constants, x: widened(x), ()
+        return lambda constants, x: in_wide_dtype(x), ()
 
     def g(constants: Constants, x: Array) -> Array:
         # Traced for each shape: what closes over arrays is replaced by the constants, in the same order.
-        (y,) = jaxpr_as_fun(ClosedJaxpr(jax.make_jaxpr(widened)(x).jaxpr, list(constants)))(x)
+        (y,) = jaxpr_as_fun(ClosedJaxpr(jax.make_jaxpr(in_wide_dtype)(x).jaxpr, list(constants)))(x)
         return y  # type: ignore[no-any-return]
 
     return g, tuple(closed.consts)
@@ -104,7 +109,7 @@ def permanent(f: Any) -> bool:
         >>> permanent(jax.nn.swish), permanent(lambda x: x)
         (True, False)
     """
-    f = f.f if isinstance(f, Shared) else f
+    f = f.f if isinstance(f, ByReference) else f
     module, name = getattr(f, "__module__", None), getattr(f, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str) or module.partition(".")[0] not in _LIBRARIES:
         return False
@@ -156,7 +161,7 @@ def _found(module: str, name: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shared:
+class ByReference:
     """A function that a deep copy shares, and that pickles by its name, as plain functions do.
 
     Compiled functions such as `jax.nn.relu`, functions with rules of their own, and `functools.partial` copy to other
@@ -173,30 +178,30 @@ class Shared:
         """The function of x."""
         return self.f(x)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ByReference":
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         f = self.f
         if isinstance(f, functools.partial):
-            return _shared_partial, (shared(f.func), f.args, f.keywords)
+            return _partial_by_reference, (by_reference(f.func), f.args, f.keywords)
         module, name = getattr(f, "__module__", None), getattr(f, "__qualname__", None)
         if isinstance(module, str) and isinstance(name, str) and _found(module, name) is f:
-            return _shared_by_name, (module, name)
-        return Shared, (f,)
+            return _named_by_reference, (module, name)
+        return ByReference, (f,)
 
 
-def shared(f: Activation) -> Activation:
-    """The function, in a form that equals its deep copy; see `Shared`."""
-    return f if isinstance(f, FunctionType | Shared) else Shared(f)
+def by_reference(f: Activation) -> Activation:
+    """The function, in a form that equals its deep copy; see `ByReference`."""
+    return f if isinstance(f, FunctionType | ByReference) else ByReference(f)
 
 
-def _shared_partial(f: Activation, args: tuple[Any, ...], keywords: dict[str, Any]) -> Shared:
-    return Shared(functools.partial(f, *args, **keywords))
+def _partial_by_reference(f: Activation, args: tuple[Any, ...], keywords: dict[str, Any]) -> ByReference:
+    return ByReference(functools.partial(f, *args, **keywords))
 
 
-def _shared_by_name(module: str, name: str) -> Shared:
-    return Shared(operator.attrgetter(name)(importlib.import_module(module)))
+def _named_by_reference(module: str, name: str) -> ByReference:
+    return ByReference(operator.attrgetter(name)(importlib.import_module(module)))
 
 
 def check_elementwise(f: Activation) -> None:
@@ -242,8 +247,8 @@ def _stand_in(value: Array) -> Any:
     return jnp.full(value.shape, number, value.dtype) if jnp.issubdtype(value.dtype, jnp.number) else None
 
 
-def while_tracing(compute: Callable[..., T], f: Activation, *numbers: float) -> T:
-    """`compute(f, *numbers)`, arrays that depend on f alone.
+def while_tracing(compute: Callable[..., T], f: Activation, *options: Any) -> T:
+    """`compute(f, *options)`, arrays that depend on f alone.
 
     They are NumPy arrays, computed while tracing whatever mesh is set, and kept if f is `permanent`. Where f closes
     over traced values they are part of the graph.
@@ -252,26 +257,26 @@ def while_tracing(compute: Callable[..., T], f: Activation, *numbers: float) -> 
         TypeError, ValueError: f is not elementwise.
     """
     if permanent(f):
-        kept: T = _kept(compute, f, numbers, jnp.result_type(float))
+        kept: T = _kept(compute, f, options, jnp.result_type(float))
         return kept
     check_elementwise(f)
     constants = traced(f, np.zeros(_ANY_LENGTH, jnp.result_type(float)))[1]
     if any(isinstance(value, jax.core.Tracer) for value in constants):
-        return compute(f, *numbers)
-    return _computed(compute, f, numbers)
+        return compute(f, *options)
+    return _computed(compute, f, options)
 
 
-def _computed(compute: Callable[..., T], f: Activation, numbers: tuple[float, ...]) -> T:
+def _computed(compute: Callable[..., T], f: Activation, options: tuple[Any, ...]) -> T:
     with jax.core.eval_context(), use_abstract_mesh(_NO_MESH):
-        found: T = jax.tree.map(np.asarray, compute(f, *numbers))
+        found: T = jax.tree.map(np.asarray, compute(f, *options))
         return found
 
 
 @functools.cache
-def _kept(compute: Callable[..., T], f: Activation, numbers: tuple[float, ...], dtype: jnp.dtype) -> T:
+def _kept(compute: Callable[..., T], f: Activation, options: tuple[Any, ...], dtype: jnp.dtype) -> T:
     del dtype  # under x64 the same numbers have more digits
     check_elementwise(f)
-    return _computed(compute, f, numbers)
+    return _computed(compute, f, options)
 
 
 def _with_forward_mode(reversible: Activation) -> Activation:
