@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 Activation: TypeAlias = Callable[[Array], Array]
-Constants: TypeAlias = tuple[Array, ...]
+Constants: TypeAlias = tuple[Array | np.ndarray, ...]
 ExplicitActivation: TypeAlias = Callable[[Constants, Array], Array]
 T = TypeVar("T")
 
@@ -169,9 +169,9 @@ class Shared:
     def __name__(self) -> str:
         return name_of(self.f)
 
-    def __call__(self, x: Array) -> Array:
-        """The function of x."""
-        return self.f(x)
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        """What the function computes."""
+        return self.f(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
         return self
@@ -222,7 +222,7 @@ def check_elementwise(f: Activation) -> None:
     stand_ins = tuple(_stand_in(value) for value in constants)
     if any(value is None for value in stand_ins):
         return
-    changed = np.arange(x.size) == x.size // 2
+    changed = np.arange(x.size) == x.size // 3  # not the middle, which a reversal leaves where it is
     filled = functools.partial(g, stand_ins)
     high, low = (_computed(lambda f, at: f(jnp.where(changed, at, x)), filled, (at,))[~changed] for at in (9.0, -4.0))
     size = max(np.abs(y[np.isfinite(y)]).max(initial=0) for y in (high, low))
@@ -234,7 +234,7 @@ def check_elementwise(f: Activation) -> None:
         )
 
 
-def _stand_in(value: Array) -> Any:
+def _stand_in(value: Array | np.ndarray) -> Any:
     """A constant, or a value that it may have where it is traced; None where that is no number."""
     if not isinstance(value, jax.core.Tracer):
         return value
