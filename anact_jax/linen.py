@@ -34,9 +34,11 @@ class ANAct(nn.Module):
 
     Attributes:
         fn: any elementwise JAX function, or a Linen module that is one, such as `nn.PReLU()`. A function that closes
-            over a parameter is differentiated in it, through the statistics as well.
+            over a parameter is differentiated in it, through the statistics as well. A module is made once, outside of
+            the function: `ANAct(nn.PReLU())`, not `ANAct(lambda x: nn.PReLU()(x))`.
         form: a `Form` or its text: `"default"`, `"published"`, or options as in `"forward+center+unit+diff+feature"`.
-        momentum: `new = momentum * old + (1 - momentum) * batch`; see `anact_jax.update_stats`. It may be traced.
+        momentum: `new = momentum * old + (1 - momentum) * batch`; see `anact_jax.update_stats`. It may be traced, and
+            it may be an array with one for each channel.
         use_running_average: inference (True) or training (False), here or in the call.
         update: take the batch into the running averages; by default in training only. With `use_running_average=True`
             it measures without using, with False it uses without keeping.

@@ -28,11 +28,13 @@ class ANAct(nnx.Module):
     `y = lambda * (f(x) - c)`, the same numbers as `anact_jax.linen.ANAct` with the same options, whose docstring
     describes them. What only NNX has:
 
-    - `fn` may be an NNX module, such as `nnx.PReLU()`: its parameters are part of this module's state.
+    - `fn` may be an NNX module, such as `nnx.PReLU()`: its parameters are part of this module's state. Deep copies
+      share any other `fn`.
     - `features`: the sizes of the form's `feature_axes`, such as the width of the layer before. Without it the state is
       of shape () until the first training batch, which then shapes it; name it where shapes must not change, as under
       `nnx.scan`, to restore a checkpoint, or to save `jax.jit` a second trace.
-    - `.train()` and `.eval()` of this module, or of one that holds it, set `use_running_average`; `frozen=True`
+    - A new layer trains, as `nnx.BatchNorm` does. `.train()` and `.eval()` of this module, or of one that holds it, set
+      `use_running_average`, as `nnx.view(model, use_running_average=True)` does for a view of it; `frozen=True`
       withstands them: running statistics are used, and stay as they are, in either mode.
     - `rngs` is accepted, as by `nnx.BatchNorm`, and not used.
 

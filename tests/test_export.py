@@ -349,7 +349,7 @@ def test_fold_follows_a_masked_convolution():
     layer = nn.Conv(4, (3,), mask=mask, padding="VALID")
     x = jax.random.normal(jax.random.key(0), (2, 9, 6))
     params = layer.init(jax.random.key(1), x)["params"]
-    normalized = PER_CHANNEL.factor * (x - PER_CHANNEL.shift)
+    normalized = PER_CHANNEL.factor[None, None] * (x - PER_CHANNEL.shift[None, None])
     kernel, bias = fold(PER_CHANNEL, params["kernel"], params["bias"], padding="VALID", mask=mask)
     folded = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
     np.testing.assert_allclose(folded, layer.apply({"params": params}, normalized), rtol=1e-4, atol=1e-5)
