@@ -6,7 +6,6 @@ import importlib
 import operator
 import sys
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -143,7 +142,10 @@ def known(f: Activation, x: Array) -> Activation | None:
     def with_slope(x: Array) -> tuple[Array, Array]:
         return value_and_slope(functools.partial(g, ()), x)
 
-    derived = jax.make_jaxpr(lambda x: jax.jvp(with_slope, (x,), (jnp.ones_like(x),)))(x)
+    try:
+        derived = jax.make_jaxpr(lambda x: jax.jvp(with_slope, (x,), (jnp.ones_like(x),)))(x)
+    except Exception:  # there need not be a second derivative
+        return None
     return Known(f, str(derived))
 
 
@@ -187,8 +189,8 @@ class Shared:
 
 
 def shared(f: Activation) -> Activation:
-    """The function, in a form that equals its deep copy; see `Shared`."""
-    return f if isinstance(f, FunctionType | Shared) else Shared(f)
+    """The function, in a form that equals its deep copy if it is of a type of JAX or a partial; see `Shared`."""
+    return Shared(f) if type(f).__module__.partition(".")[0] in ("jax", "jaxlib", "functools") else f
 
 
 def _shared_partial(f: Activation, args: tuple[Any, ...], keywords: dict[str, Any]) -> Shared:

@@ -83,7 +83,14 @@ class ANAct(nn.Module):
         check_activation(self.fn, type(self).__name__)
         check_momentum(self.momentum)
         object.__setattr__(self, "form", Form.parse(self.form))
-        object.__setattr__(self, "fn", self.fn if isinstance(self.fn, nn.Module) else shared(self.fn))
+        if not isinstance(self.fn, nn.Module):
+            if any(kind.__module__.startswith("flax.nnx") for kind in type(self.fn).__mro__):
+                name = type(self).__name__
+                raise TypeError(
+                    f"fn of {name}, a Linen layer, is the NNX module {type(self.fn).__name__}, whose parameters would not "
+                    f"learn; take a Linen module such as nn.PReLU(), or anact_jax.nnx.{name}"
+                )
+            object.__setattr__(self, "fn", shared(self.fn))
         super().__post_init__()
 
     @nn.compact
@@ -112,7 +119,7 @@ class ANAct(nn.Module):
         if not self.is_initializing():
             self._check_state(("count", *form.moments), update)
         f = function_of(self, x)
-        known = set(self.variables.get("params", ()))
+        known = set(self.variables.get("params", ())) if self.is_initializing() else set()
         state = self._variables(f, form, features)
         alpha = self.param("alpha", nn.initializers.zeros, features) if form.learned else None
 

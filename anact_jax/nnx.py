@@ -28,8 +28,7 @@ class ANAct(nnx.Module):
     `y = lambda * (f(x) - c)`, the same numbers as `anact_jax.linen.ANAct` with the same options, whose docstring
     describes them. What only NNX has:
 
-    - `fn` may be an NNX module, such as `nnx.PReLU()`: its parameters are part of this module's state. Deep copies
-      share any other `fn`.
+    - `fn` may be an NNX module, such as `nnx.PReLU()`: its parameters are part of this module's state.
     - `features`: the sizes of the form's `feature_axes`, such as the width of the layer before. Without it the state is
       of shape () until the first training batch, which then shapes it; name it where shapes must not change, as under
       `nnx.scan`, to restore a checkpoint, or to save `jax.jit` a second trace.

@@ -603,3 +603,8 @@ def test_layer_with_a_module_works_as_an_nnx_module():
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(model.mean_out[...], updates["batch_stats"]["mean_out"], rtol=1e-5)
     assert model.fn["negative_slope"][...] == nn.PReLU().negative_slope_init
+
+
+def test_nnx_module_in_a_linen_layer_is_refused():
+    with pytest.raises(TypeError, match=r"is the NNX module PReLU, .* or anact_jax.nnx.ANAct"):
+        anact_jax.linen.ANAct(nnx.PReLU())
