@@ -4,6 +4,8 @@ Rows of numbers come out, one a layer, as NamedTuples that pass through `jax.jit
 text of them, `anact_jax.plots.draw` a picture.
 """
 
+import contextlib
+import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Float
 
 import anact_jax.nnx
@@ -23,7 +26,11 @@ from anact_jax.factors import Normalization, gains, normalization
 from anact_jax.form import DEFAULT, Form
 from anact_jax.statistics import MOMENTS, Stats, activation_stats
 
-Tap: TypeAlias = Callable[[Any, str, Array, Array], Array]
+Tap: TypeAlias = Callable[["_Call", Array], Array]
+
+# `jax.jit` and `nn.jit` trace anew what they traced while the number was another: no layer stays hidden.
+_trace_number = jax.make_user_context()
+_numbers = itertools.count()
 
 LAYERS: tuple[type, ...] = (
     *(nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTranspose),
@@ -98,6 +105,36 @@ class LayerPass(NamedTuple):
     entering: Float[Array, "..."]
     signal: Float[Array, "..."]
     gradient: Float[Array, "..."]
+
+
+class _Call(NamedTuple):
+    """A call of a layer within a model.
+
+    Attributes:
+        module: the layer.
+        name: where it stands in the model.
+        function: what the layer computes, outside of the model.
+        args: what it was called with, by position.
+        kwargs: likewise, by name.
+    """
+
+    module: Any
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def entering(self) -> Array:
+        """The layer's input."""
+        entering: Array = jax.lax.stop_gradient(jnp.asarray(next(itertools.chain(self.args, self.kwargs.values()))))
+        return entering
+
+    def of(self, x: Array) -> Any:
+        """What the layer makes of another input."""
+        if self.args:
+            return self.function(x, *self.args[1:], **self.kwargs)
+        return self.function(**{**self.kwargs, next(iter(self.kwargs)): x})
 
 
 Rows: TypeAlias = Sequence[LayerGains] | Sequence[LayerVariances]
@@ -225,7 +262,7 @@ def pass_through(loss: Callable[..., Any], layers: tuple[type, ...] = LAYERS) ->
         >>> passed.name, passed.entering.tolist(), passed.signal.tolist(), passed.gradient.tolist()
         ('Dense', [[1.0, 2.0]], [[3.0, 3.0, 3.0]], [[1.0, 1.0, 1.0]])
     """
-    through = _through(loss, layers, lambda module, name, entering: entering)
+    through = _through(loss, layers, lambda call: call.entering)
 
     def measure(*args: Any) -> tuple[LayerPass, ...]:
         return tuple(LayerPass(*found) for found in through(*args))
@@ -240,13 +277,14 @@ def gains_on_batch(
 
     Args:
         loss: see `pass_through`.
-        layers: types of the modules to measure. One that is no normalized activation must have its activation as
-            `fn`, which has factor 1 and shift 0. Of a `BatchNormAct` the activation is measured, on what BatchNorm
-            gives out.
+        layers: types of the modules to measure. One that is no normalized activation is measured as a plain one, with
+            factor 1 and shift 0: any elementwise module, such as `nn.PReLU`. Functions leave no trace in a model: make
+            a module of one. Of a `BatchNormAct` the activation is measured, on what BatchNorm gives out.
 
     Returns:
         A function of loss's arguments; what it returns has a row for each call of such a layer, in the order of
-        execution, with the factor and shift that its running statistics or parameters give. Compile it by `jax.jit`.
+        execution, with the factor and shift that its running statistics or parameters give. What the layer's `mask`
+        leaves out does not count. Compile it by `jax.jit`.
 
     Raises:
         TypeError, ValueError: see `pass_through`.
@@ -260,14 +298,15 @@ def gains_on_batch(
         ['layers_1']
     """
 
-    def row(module: Any, name: str, entering: Array) -> LayerGains:
-        normalized = isinstance(module, ACTIVATIONS)
+    def row(call: _Call) -> LayerGains:
+        module, x, normalized = call.module, call.entering, isinstance(call.module, ACTIVATIONS)
         if normalized:
             form = Form.parse(module.form)
-            stats = activation_stats(module.activation, entering, feature_axes=form.axes)
-            return _row(name, form, stats, constants(module))
+            mask = call.kwargs.get("mask")
+            stats = activation_stats(module.activation, x, feature_axes=form.axes, mask=mask)
+            return _row(call.name, form, stats, constants(module))
         plain = Normalization(jnp.ones(()), jnp.zeros(()))
-        return _row(name, DEFAULT, activation_stats(module.fn, entering), plain)
+        return _row(call.name, DEFAULT, activation_stats(call.of, x), plain)
 
     through = _through(loss, layers, row)
 
@@ -333,7 +372,7 @@ def table(rows: Rows) -> str:
 
 
 def _through(
-    loss: Callable[..., Any], layers: tuple[type, ...], of: Callable[[Any, str, Array], Any]
+    loss: Callable[..., Any], layers: tuple[type, ...], of: Callable[[_Call], Any]
 ) -> Callable[..., list[tuple[Name, Any, Array, Array]]]:
     """For each call of a layer its name, what `of` makes of it, its output, and the gradient in that."""
 
@@ -342,9 +381,9 @@ def _through(
         names: list[Name] = []
         shapes: list[Any] = []
 
-        def note(module: Any, name: str, entering: Array, signal: Array) -> Array:
-            names.append(Name(name))
-            given = (of(module, name, entering), signal, signal, jnp.zeros((), signal.dtype))
+        def note(call: _Call, signal: Array) -> Array:
+            names.append(Name(call.name))
+            given = (of(call), signal, signal, jnp.zeros((), signal.dtype))
             shapes.append(jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), given))
             return signal
 
@@ -358,14 +397,26 @@ def _through(
             kinds = ", ".join(dict.fromkeys(layer.__name__ for layer in layers))
             raise ValueError(
                 f"no layer ran that is one of {kinds}; let loss run a Linen model, or take an NNX model as an "
-                "argument, and name layers of other types by layers=(...). What jax.jit compiled before stays hidden"
+                "argument, and name layers of other types by layers=(...)"
             )
 
         def probed(probes: list[Any]) -> Any:
-            remaining = iter(probes)
-            return run(lambda module, name, entering, signal: _tap(next(remaining), of(module, name, entering), signal))
+            remaining = iter(zip(names, probes, strict=True))
 
-        found = jax.grad(probed)(jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes))
+            def see(call: _Call, signal: Array) -> Array:
+                name, probe = next(remaining, (None, None))
+                if name != call.name:
+                    raise ValueError(
+                        f"the loss does not run the same layers each time it is traced: {call.name} was new"
+                    )
+                return _tap(probe, of(call), signal)
+
+            return run(see)
+
+        probes = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
+        # Traced as a whole: an eager call of a compiled function may trace it twice.
+        program, likewise = jax.make_jaxpr(jax.grad(probed), return_shape=True)(probes)
+        found = jax.tree.unflatten(jax.tree.structure(likewise), jaxpr_as_fun(program)(*jax.tree.leaves(probes)))
         return [
             (name, *jax.tree.map(lambda value, calls=calls: jnp.where(calls == 1, value, jnp.nan), values))
             for name, (*values, calls) in zip(names, found, strict=True)
@@ -401,42 +452,50 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
     leaves, treedef = jax.tree.flatten(args, is_leaf=lambda leaf: isinstance(leaf, nnx.Module))
 
     def run(tap: Tap) -> Any:
+        tapping = True  # not while a tap calls a layer itself
+
+        def tapped(call: _Call, signal: Array) -> Array:
+            nonlocal tapping
+            tapping = False
+            try:
+                return tap(call, signal)
+            finally:
+                tapping = True
+                contexts.enter_context(_trace_number(next(_numbers)))
+
         def on_call(call: Callable[..., Any], given: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            output, module = call(*given, **kwargs), context.module
-            if isinstance(module, layers) and context.method_name == _method_of(module):
-                name = "/".join(module.path) or type(module).__name__
-                return tap(module, name, _entering(given, kwargs), output)
-            return output
+            module = context.module
+            if not (tapping and isinstance(module, layers) and context.method_name == _method_of(module)):
+                return call(*given, **kwargs)
+            name = "/".join(module.path) or type(module).__name__
+            made = _Call(module, name, lambda *args, **kwargs: linen.unbound(module)(*args, **kwargs), given, kwargs)
+            return tapped(made, call(*given, **kwargs))
+
+        def tap_calls(module: Any, name: str) -> None:
+            kind, method = type(module), _method_of(module)
+
+            def call(self: Any, *given: Any, **kwargs: Any) -> Any:
+                function = functools.partial(getattr(kind, method), self)
+                signal = function(*given, **kwargs)
+                return tapped(_Call(self, name, function, given, kwargs), signal) if tapping else signal
+
+            module.__class__ = type(kind.__name__, (kind,), {method: call})
 
         fresh = [nnx.clone(leaf) if isinstance(leaf, nnx.Module) else leaf for leaf in leaves]
         for model in fresh:
             for name, module in _modules(model, layers) if isinstance(model, nnx.Module) else []:
-                _tap_calls(module, name, tap)
-        with nn.intercept_methods(on_call):
+                tap_calls(module, name)
+        with contextlib.ExitStack() as contexts:
+            contexts.enter_context(nn.intercept_methods(on_call))
+            contexts.enter_context(_trace_number(next(_numbers)))
             return loss(*jax.tree.unflatten(treedef, fresh))
 
     return run
 
 
-def _tap_calls(module: Any, name: str, tap: Tap) -> None:
-    kind = type(module)
-
-    method = _method_of(module)
-
-    def call(self: Any, *given: Any, **kwargs: Any) -> Any:
-        return tap(self, name, _entering(given, kwargs), getattr(kind, method)(self, *given, **kwargs))
-
-    module.__class__ = type(kind.__name__, (kind,), {method: call})
-
-
 def _method_of(module: Any) -> str:
     """Where a layer takes its input: of one with BatchNorm before it, where its activation does."""
     return "activate" if isinstance(module, BEHIND_BATCH_NORM) else "__call__"
-
-
-def _entering(given: Sequence[Any], kwargs: Mapping[str, Any]) -> Array:
-    entering: Array = jax.lax.stop_gradient(jnp.asarray(next(itertools.chain(given, kwargs.values()))))
-    return entering
 
 
 def _modules(model: nnx.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:

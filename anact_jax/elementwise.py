@@ -1,10 +1,11 @@
 """An elementwise function as JAX sees it: traced once, with its constants as arguments."""
 
+import dataclasses
 import functools
-import inspect
+import importlib
+import operator
 import sys
 from collections.abc import Callable
-from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -16,12 +17,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 Activation: TypeAlias = Callable[[Array], Array]
-Constants: TypeAlias = tuple[Array, ...]
+Constants: TypeAlias = tuple[Array | np.ndarray, ...]
 ExplicitActivation: TypeAlias = Callable[[Constants, Array], Array]
 T = TypeVar("T")
 
 _NO_MESH = AbstractMesh((), ())
 _ANY_LENGTH = 1789  # as no axis of a slope has
+_LIBRARIES = ("anact_jax", "flax", "jax")
 
 
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -55,9 +57,9 @@ def traced(f: Activation, x: Array | np.ndarray) -> tuple[ExplicitActivation, Co
     closed = jax.make_jaxpr(lambda x: f(x.astype(wide)))(x)
     y = closed.out_avals[0]
     if len(closed.out_avals) > 1 or y.shape != x.shape:
-        raise ValueError(f"f must be elementwise: it turned shape {x.shape} into {y.shape}")
+        raise ValueError(f"f must be elementwise: {name_of(f)} turned shape {x.shape} into {y.shape}")
     if not jnp.issubdtype(y.dtype, jnp.floating):
-        raise TypeError(f"f must return floating-point values, got dtype {y.dtype}")
+        raise TypeError(f"f must return floating-point values; {name_of(f)} returned dtype {y.dtype}")
     if _has_reverse_rule_alone(closed.jaxpr):
         if closed.consts:
             raise TypeError(
@@ -82,45 +84,164 @@ def value_and_slope(f: Activation, x: Array) -> tuple[Array, Array]:
     return jax.jvp(f, (x,), (jnp.ones_like(x),))
 
 
+def name_of(f: object) -> str:
+    """A function as messages name it.
+
+    Examples:
+        >>> name_of(jax.nn.softmax)
+        'softmax'
+    """
+    return str(getattr(f, "__name__", type(f).__name__))
+
+
 def permanent(f: Any) -> bool:
     """Whether f can never compute anything else, so that what follows from it may be kept.
 
-    So can functions of the libraries below, and functions that a module holds by name and that read nothing but these
-    libraries: no array, and no variable that could be set anew.
+    Only functions of the libraries can: others may read what changes, by their rule for derivatives too.
 
     Examples:
         >>> permanent(jax.nn.swish), permanent(lambda x: x)
         (True, False)
     """
+    f = f.f if isinstance(f, ByReference) else f
     module, name = getattr(f, "__module__", None), getattr(f, "__qualname__", None)
-    if not isinstance(module, str) or not isinstance(name, str):
+    if not isinstance(module, str) or not isinstance(name, str) or module.partition(".")[0] not in _LIBRARIES:
         return False
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is f and _reads_libraries_alone(inspect.unwrap(f)) and _holds_no_arrays(f)
+    return _found(module, name) is f
 
 
-_LIBRARIES = ("anact_jax", "flax", "jax", "math", "numpy")
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A function that equals all that compute the same: its value and two derivatives, as JAX traced them, are equal.
+
+    The text holds every number of the function, so that a function that reads a variable is another one when the
+    variable changed.
+    """
+
+    f: Activation = dataclasses.field(compare=False)
+    text: str
+
+    def __call__(self, x: Array) -> Array:
+        """The function of x."""
+        return self.f(x)
 
 
-def _reads_libraries_alone(f: Any) -> bool:
-    def from_library(value: Any) -> bool:
-        name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-        return str(name).partition(".")[0] in _LIBRARIES
+def known(f: Activation, x: Array) -> Activation | None:
+    """A static argument for a compiled function of x, such that no call gets what was traced for another f.
 
-    if from_library(f):
-        return True
-    if not isinstance(f, FunctionType) or f.__closure__ or f.__defaults__ or f.__kwdefaults__:
-        return False
-    nested = any(isinstance(value, CodeType) for value in f.__code__.co_consts)
-    read = [f.__globals__[name] for name in f.__code__.co_names if name in f.__globals__]
-    return not nested and all(map(from_library, read))
+    None where that is impossible, as f closes over arrays or has a reverse rule alone, or does not pay: outside of a
+    trace a number that changes from call to call would compile each.
+    """
+    if permanent(f):
+        return f
+    g, constants = traced(f, x)
+    tracing = isinstance(jax.lax.full((), 0.0), jax.core.Tracer)
+    if not tracing or constants or _has_reverse_rule_alone(jax.make_jaxpr(f)(x).jaxpr):
+        return None
+
+    def with_slope(x: Array) -> tuple[Array, Array]:
+        return value_and_slope(functools.partial(g, ()), x)
+
+    try:
+        derived = jax.make_jaxpr(lambda x: jax.jvp(with_slope, (x,), (jnp.ones_like(x),)))(x)
+    except Exception:  # there need not be a second derivative
+        return None
+    return Known(f, str(derived))
 
 
-@functools.cache
-def _holds_no_arrays(f: Activation) -> bool:
-    return not traced(f, jnp.zeros(()))[1]
+def _found(module: str, name: str) -> Any:
+    """What a module that was imported holds by this name, None for nothing."""
+    try:
+        return operator.attrgetter(name)(sys.modules.get(module))
+    except AttributeError:
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class ByReference:
+    """A function that a deep copy shares, and that pickles by its name, as plain functions do.
+
+    Compiled functions such as `jax.nn.relu`, functions with rules of their own, and `functools.partial` copy to other
+    objects, so that a layer would no longer equal its copy.
+    """
+
+    f: Activation
+
+    @property
+    def __name__(self) -> str:
+        return name_of(self.f)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        """What the function computes."""
+        return self.f(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ByReference":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        f = self.f
+        if isinstance(f, functools.partial):
+            return _partial_by_reference, (by_reference(f.func), f.args, f.keywords)
+        module, name = getattr(f, "__module__", None), getattr(f, "__qualname__", None)
+        if isinstance(module, str) and isinstance(name, str) and _found(module, name) is f:
+            return _named_by_reference, (module, name)
+        return ByReference, (f,)
+
+
+def by_reference(f: Activation) -> Activation:
+    """The function, in a form that equals its deep copy if it is of a type of JAX or a partial; see `ByReference`."""
+    return ByReference(f) if type(f).__module__.partition(".")[0] in ("jax", "jaxlib", "functools") else f
+
+
+def _partial_by_reference(f: Activation, args: tuple[Any, ...], keywords: dict[str, Any]) -> ByReference:
+    return ByReference(functools.partial(f, *args, **keywords))
+
+
+def _named_by_reference(module: str, name: str) -> ByReference:
+    return ByReference(operator.attrgetter(name)(importlib.import_module(module)))
+
+
+def check_elementwise(f: Activation) -> None:
+    """Raises an error unless f takes arrays of any shape and each output depends on its own input only.
+
+    The second is tried on one batch: an element changes, and no other output may follow. Where f closes over traced
+    values, others stand in for them.
+
+    Raises:
+        TypeError, ValueError: f is not elementwise.
+    """
+    x = np.linspace(-1, 1, _ANY_LENGTH, dtype=jnp.result_type(float))
+    try:
+        jax.eval_shape(f, x)
+    except Exception as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"an activation must be an elementwise function of arrays of any shape; {name_of(f)} refuses shape "
+            f"{x.shape}: {error}. A slope for each channel is not supported, since the statistics of f under a normal "
+            "input are those of one function: give the layer one slope, or each group of channels a layer of its own"
+        ) from error
+    g, constants = traced(f, x)
+    stand_ins = tuple(_stand_in(value) for value in constants)
+    if any(value is None for value in stand_ins):
+        return
+    changed = np.arange(x.size) == x.size // 3  # not the middle, which a reversal leaves where it is
+    filled = functools.partial(g, stand_ins)
+    high, low = (_computed(lambda f, at: f(jnp.where(changed, at, x)), filled, (at,))[~changed] for at in (9.0, -4.0))
+    size = max(np.abs(y[np.isfinite(y)]).max(initial=0) for y in (high, low))
+    # A loop that runs until all elements have converged moves the others, by rounding.
+    if not np.allclose(high, low, rtol=0, atol=1e-4 * size, equal_nan=True):
+        raise ValueError(
+            f"an activation must be elementwise; outputs of {name_of(f)} depend on other elements of the input than "
+            "their own: make it a layer beside the activation"
+        )
+
+
+def _stand_in(value: Array | np.ndarray) -> Any:
+    """A constant, or a value that it may have where it is traced; None where that is no number."""
+    if not isinstance(value, jax.core.Tracer):
+        return value
+    number = 1 if jnp.issubdtype(value.dtype, jnp.integer) else 0.5
+    return jnp.full(value.shape, number, value.dtype) if jnp.issubdtype(value.dtype, jnp.number) else None
 
 
 def while_tracing(compute: Callable[..., T], f: Activation, *numbers: float) -> T:
@@ -130,19 +251,13 @@ def while_tracing(compute: Callable[..., T], f: Activation, *numbers: float) -> 
     over traced values they are part of the graph.
 
     Raises:
-        ValueError: f takes arrays of one shape only.
+        TypeError, ValueError: f is not elementwise.
     """
     if permanent(f):
         kept: T = _kept(compute, f, numbers, jnp.result_type(float))
         return kept
-    try:
-        constants = traced(f, np.zeros(_ANY_LENGTH, jnp.result_type(float)))[1]
-    except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"an activation must take arrays of any shape; this one refuses shape ({_ANY_LENGTH},): {error}. A slope "
-            "for each channel is not supported, since the statistics of f under a normal input are those of one "
-            "function: give the layer one slope, or each group of channels a layer of its own"
-        ) from error
+    check_elementwise(f)
+    constants = traced(f, np.zeros(_ANY_LENGTH, jnp.result_type(float)))[1]
     if any(isinstance(value, jax.core.Tracer) for value in constants):
         return compute(f, *numbers)
     return _computed(compute, f, numbers)
@@ -157,6 +272,7 @@ def _computed(compute: Callable[..., T], f: Activation, numbers: tuple[float, ..
 @functools.cache
 def _kept(compute: Callable[..., T], f: Activation, numbers: tuple[float, ...], dtype: jnp.dtype) -> T:
     del dtype  # under x64 the same numbers have more digits
+    check_elementwise(f)
     return _computed(compute, f, numbers)
 
 

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from anact_jax import linen, nnx
 from anact_jax.elementwise import wide_dtype
@@ -70,8 +71,8 @@ def constants(layer: Trained | linen.BatchNormAct | nnx.BatchNormAct) -> Normali
 def as_function(layer: Trained) -> Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]:
     """The layer in inference as a function of x alone, `factor * (f(x) - shift)`, with its numbers in it.
 
-    What it returns holds no statistics, no state and no module, equals the layer to rounding, and stays as it is when
-    the layer trains on.
+    What it returns holds no statistics, equals the layer to rounding, and stays as it is when the layer trains on, an
+    activation with parameters included. A function that reads variables goes on reading them.
 
     Args:
         layer: as `constants` takes it, with concrete values: not under `jit`.
@@ -96,6 +97,8 @@ def as_function(layer: Trained) -> Callable[[Float[Array, "*shape"]], Float[Arra
             f"the state of shape {factor.shape} does not fit feature_axes {given} of one layer; where a transform "
             "stacked several, take one's state first: jax.tree.map(lambda value: value[index], state)"
         )
+    if isinstance(layer, nnx.ANAct) and isinstance(layer.fn, flax.nnx.Module):
+        layer = flax.nnx.clone(layer)  # its parameters would go on learning
     f = layer.activation
 
     def function(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -111,6 +114,8 @@ def fold(
     bias: Float[Array, " out"] | None = None,
     *,
     padding: Padding | None = None,
+    input_dilation: int | Sequence[int] | None = None,
+    mask: Shaped[Array, "..."] | None = None,
 ) -> tuple[Float[Array, "*window channels out"], Float[Array, " out"]]:
     """Kernel and bias of the Dense or Conv behind a normalized activation, with factor and shift taken in.
 
@@ -128,14 +133,16 @@ def fold(
         kernel: of `Dense` or `Conv`, Linen's or NNX's; not of `ConvTranspose` or `DenseGeneral`.
         bias: None for a layer without; it then needs the one returned here (`use_bias=True`).
         padding: that of the Conv, as Flax writes it; a Dense has none.
+        input_dilation: likewise.
+        mask: likewise; the kernel that is returned is to be used with it, as the one before.
 
     Returns:
         Kernel and bias, in the kernel's dtype; they are computed in float32 or wider.
 
     Raises:
-        ValueError: shapes do not fit, or the layer pads with zeros (or it is not said how it pads) and a shift is
-            not 0. Fold the factor alone then, as `normalization._replace(shift=jnp.zeros_like(normalization.shift))`,
-            and keep `f(x) - shift`.
+        ValueError: shapes do not fit, or the layer pads or dilates its input with zeros (or it is not said how it pads)
+            and a shift is not 0. Fold the factor alone then, as
+            `normalization._replace(shift=jnp.zeros_like(normalization.shift))`, and keep `f(x) - shift`.
 
     Examples:
         >>> kernel, bias = fold(Normalization(jnp.array([2.0, 3.0]), jnp.array([0.5, 1.0])), jnp.ones((2, 1)))
@@ -152,14 +159,21 @@ def fold(
             f"{channels} channels; behind a flattened image, repeat them for each of its places: "
             "jax.tree.map(lambda value: jnp.tile(value, height * width), normalization)"
         )
+    if mask is not None and mask.shape != kernel.shape:
+        raise ValueError(f"mask of shape {mask.shape} is not that of a kernel of shape {kernel.shape}")
     unshifted = not isinstance(shift, jax.core.Tracer) and not np.any(shift)
-    if not unshifted and _pads_with_zeros(padding, window):
-        how = "does not say how it pads (padding=...)" if padding is None else f"pads with zeros (padding={padding!r})"
+    dilated = any(step != 1 for step in jax.tree.leaves(input_dilation))
+    if not unshifted and (dilated or _pads_with_zeros(padding, window)):
+        if dilated:
+            how, instead = f"dilates its input with zeros (input_dilation={input_dilation})", ""
+        else:
+            how = "does not say how it pads (padding=...)" if padding is None else f"pads with zeros ({padding=})"
+            instead = "; or pad f(x) with the shift first and fold with padding='VALID'"
         raise ValueError(
-            f"a shift cannot be folded into the bias of a convolution that {how}: at borders the padding has no part "
-            "in the shift. Fold the factor alone, "
+            f"a shift cannot be folded into the bias of a convolution that {how}: the zeros have no part in the shift. "
+            "Fold the factor alone, "
             "fold(normalization._replace(shift=jnp.zeros_like(normalization.shift)), kernel, bias), and keep "
-            "f(x) - shift before it; or pad f(x) with the shift first and fold with padding='VALID'"
+            f"f(x) - shift before it{instead}"
         )
 
     dtype = wide_dtype(kernel.dtype)
@@ -169,7 +183,8 @@ def fold(
         return by_group.astype(dtype).reshape(*(1 for _ in window), channels, groups, 1)
 
     weights = over_kernel(factor) * kernel.astype(dtype).reshape(*window, channels, groups, out // groups)
-    moved = jnp.sum(weights * over_kernel(shift), axis=tuple(range(len(window) + 1))).reshape(out)
+    applied = weights if mask is None else weights * mask.astype(dtype).reshape(weights.shape)
+    moved = jnp.sum(applied * over_kernel(shift), axis=tuple(range(len(window) + 1))).reshape(out)
     new_bias = (jnp.zeros(out, dtype) if bias is None else bias.astype(dtype)) - moved
     return weights.reshape(kernel.shape).astype(kernel.dtype), new_bias.astype(kernel.dtype)
 

@@ -2,18 +2,20 @@
 
 import dataclasses
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.core import bind
+from flax.linen.transforms import get_module_scopes, set_module_scopes
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from anact_jax import activations
 from anact_jax.activations import tempered
 from anact_jax.closed import BEHIND_BATCH_NORM, applied_behind, behind_batch_norm, check_closed, closed_normalization
-from anact_jax.elementwise import Activation, wide_dtype
+from anact_jax.elementwise import Activation, by_reference, wide_dtype
 from anact_jax.factors import Normalization
 from anact_jax.form import DEFAULT, Form
 from anact_jax.running import check_momentum
@@ -36,9 +38,11 @@ class ANAct(nn.Module):
 
     Attributes:
         fn: any elementwise JAX function, or a Linen module that is one, such as `nn.PReLU()`. A function that closes
-            over a parameter is differentiated in it, through the statistics as well.
+            over a parameter is differentiated in it, through the statistics as well. A module is made once, outside of
+            the function: `ANAct(nn.PReLU())`, not `ANAct(lambda x: nn.PReLU()(x))`.
         form: a `Form` or its text: `"default"`, `"published"`, or options as in `"forward+center+unit+diff+feature"`.
-        momentum: `new = momentum * old + (1 - momentum) * batch`; see `anact_jax.update_stats`. It may be traced.
+        momentum: `new = momentum * old + (1 - momentum) * batch`; see `anact_jax.update_stats`. It may be traced, and
+            it may be an array with one for each channel.
         use_running_average: inference (True) or training (False), here or in the call.
         update: take the batch into the running averages; by default in training only. With `use_running_average=True`
             it measures without using, with False it uses without keeping.
@@ -69,7 +73,8 @@ class ANAct(nn.Module):
         (8, 1)
     """
 
-    fn: Activation = activations.swish
+    # Not in the class, where `nnx.bridge.ToNNX` would take it for a method.
+    fn: Activation = dataclasses.field(default_factory=lambda: activations.swish)
     _: dataclasses.KW_ONLY
     form: Form | str = DEFAULT
     momentum: ArrayLike = 0.9
@@ -85,6 +90,14 @@ class ANAct(nn.Module):
         check_activation(self.fn, type(self).__name__)
         check_momentum(self.momentum)
         object.__setattr__(self, "form", Form.parse(self.form))
+        if not isinstance(self.fn, nn.Module):
+            if any(kind.__module__.startswith("flax.nnx") for kind in type(self.fn).__mro__):
+                name = type(self).__name__
+                raise TypeError(
+                    f"fn of {name}, a Linen layer, is the NNX module {type(self.fn).__name__}, whose parameters would "
+                    f"not learn; take a Linen module such as nn.PReLU(), or anact_jax.nnx.{name}"
+                )
+            object.__setattr__(self, "fn", by_reference(self.fn))
         super().__post_init__()
 
     @nn.compact
@@ -113,6 +126,7 @@ class ANAct(nn.Module):
         if not self.is_initializing():
             self._check_state(("count", *form.moments), update)
         f = function_of(self, x)
+        known = set(self.variables.get("params", ())) if self.is_initializing() else set()
         state = self._variables(f, form, features)
         if update and not self.shared:
             self._check_first()
@@ -136,6 +150,8 @@ class ANAct(nn.Module):
         if update and not self.is_initializing():
             for name, variable in state.items():
                 variable.value = getattr(new, name)
+        if self.is_initializing():
+            self._check_made_nothing(known)
         return y
 
     @property
@@ -149,6 +165,17 @@ class ANAct(nn.Module):
         name = type(self).__name__
         path = "/".join(self.path) if self.scope is not None else ""
         return f"{name} {path!r}" if path else name
+
+    def _check_made_nothing(self, known: set[str]) -> None:
+        """Raises TypeError if tracing fn has made parameters, beside those that were known."""
+        made = sorted(set(self.variables.get("params", ())) - known - {"alpha"})
+        if made:
+            name = type(self).__name__
+            raise TypeError(
+                f"fn of {self._where} makes a module each time it is called ({made[0]}), and it is traced several "
+                f"times; make the module once and hand it over, as in {name}(nn.PReLU()) or "
+                f"{name}(nn.Sequential([nn.PReLU(), nn.tanh]))"
+            )
 
     def _mode(self, called_with: bool | None) -> bool:
         mode = self.use_running_average
@@ -285,8 +312,22 @@ def function_of(layer: ANAct | BatchNormAct, x: Array | None = None) -> Activati
         return layer.fn
     if layer.is_initializing() and x is not None:
         layer.fn(x)
-    fn, variables = layer.fn.unbind()
-    return lambda x: fn.apply(variables, x)  # type: ignore[return-value]
+    return unbound(layer.fn)
+
+
+def unbound(module: nn.Module) -> Callable[..., Any]:
+    """What a bound module computes with its variables, as a function that may be traced by any transform."""
+    # A module made in a compact method holds others that stand beside it: as Flax's transforms do, take the scopes of
+    # all of them.
+    scopes, _, _ = get_module_scopes(module, (), {})
+    variables = [scope.variables() for scope in scopes]
+
+    def f(*args: Any, **kwargs: Any) -> Any:
+        clone, _, _ = set_module_scopes(module, (), {}, [bind(held) for held in variables])
+        return clone(*args, **kwargs)
+
+    f.__name__ = type(module).__name__
+    return f
 
 
 class NReLU(ANAct):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Shaped
 from anact_jax import activations
 from anact_jax.activations import tempered
 from anact_jax.closed import BEHIND_BATCH_NORM, applied_behind, behind_batch_norm, check_closed, closed_normalization
-from anact_jax.elementwise import Activation, wide_dtype
+from anact_jax.elementwise import Activation, by_reference, wide_dtype
 from anact_jax.factors import Normalization
 from anact_jax.form import DEFAULT, Form
 from anact_jax.running import check_momentum
@@ -36,7 +36,8 @@ class ANAct(nnx.Module):
     - `features`: the sizes of the form's `feature_axes`, such as the width of the layer before. Without it the state is
       of shape () until the first training batch, which then shapes it; name it where shapes must not change, as under
       `nnx.scan`, to restore a checkpoint, or to save `jax.jit` a second trace.
-    - `.train()` and `.eval()` of this module, or of one that holds it, set `use_running_average`; `frozen=True`
+    - A new layer trains, as `nnx.BatchNorm` does. `.train()` and `.eval()` of this module, or of one that holds it, set
+      `use_running_average`, as `nnx.view(model, use_running_average=True)` does for a view of it; `frozen=True`
       withstands them: running statistics are used, and stay as they are, in either mode.
     - `shared=True` says that this layer is meant to be called several times in one pass. Otherwise the second training
       call in one trace warns. Calls that are not traced cannot be told from steps of training, and do not warn.
@@ -72,7 +73,7 @@ class ANAct(nnx.Module):
         *,
         form: Form | str = DEFAULT,
         momentum: ArrayLike = 0.9,
-        use_running_average: bool | None = None,
+        use_running_average: bool = False,
         update: bool | None = None,
         frozen: bool = False,
         axis_name: Hashable | Sequence[Hashable] | None = None,
@@ -86,7 +87,7 @@ class ANAct(nnx.Module):
         check_momentum(momentum)
         self.form = Form.parse(form)
         sizes = self._sizes(features)
-        self.fn = fn
+        self.fn = fn if isinstance(fn, nnx.Module) else by_reference(fn)
         self.momentum = momentum
         self.use_running_average = use_running_average
         self.update = update
@@ -121,11 +122,6 @@ class ANAct(nnx.Module):
             use_running_average = self.use_running_average
         if self.frozen:
             use_running_average = True
-        if use_running_average is None:
-            raise ValueError(
-                f"{type(self).__name__} does not know whether this is training or inference: call model.train() or "
-                "model.eval(), or pass use_running_average=False or True to the call or the constructor"
-            )
         update = not self.frozen and (not use_running_average if self.update is None else self.update)
         features = tuple(x.shape[axis] for axis in canonical_axes(self.form.axes, x.ndim))
         if self.count.shape not in ((), features):

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
@@ -21,14 +22,15 @@ def update_stats(running: Stats, batch: Stats, *, momentum: ArrayLike = 0.9) -> 
     Args:
         running: running statistics; `count` is the number of batches taken in so far.
         batch: from `activation_stats`, of the same shape and with the same moments.
-        momentum: weight of the past, in [0, 1]; 0 keeps the last batch only, 1 the average of all. It may be traced.
+        momentum: weight of the past, in [0, 1]; 0 keeps the last batch only, 1 the average of all. It may be traced,
+            and have a number for each feature.
 
     Returns:
         `Stats` in the dtypes of `running`; running statistics in half precision are widened before they are used. A
         degenerate batch (see `anact_jax.informative`) leaves `running` as it was, feature by feature.
 
     Raises:
-        ValueError: momentum outside [0, 1], or batch and running statistics with different moments.
+        ValueError: momentum outside [0, 1] or of another shape, or batch and running statistics with different moments.
 
     Examples:
         >>> from anact_jax import activation_stats, gaussian_stats
@@ -50,6 +52,11 @@ def update_stats(running: Stats, batch: Stats, *, momentum: ArrayLike = 0.9) -> 
 
 def moved(running: Stats, batch: Stats, taken_in: Bool[Array, "*features"], momentum: ArrayLike) -> Stats:
     """`update_stats`, of the features that are to be taken in."""
+    if jnp.shape(momentum) not in ((), taken_in.shape):
+        raise ValueError(
+            f"momentum must be one number, or one for each feature, of shape {taken_in.shape}; got shape "
+            f"{jnp.shape(momentum)}"
+        )
     running = sharded_as(running, taken_in)
     seen = running.count.astype(batch.count.dtype) + 1
     weight = jnp.maximum(1 - jnp.asarray(momentum, seen.dtype), 1 / seen)
@@ -108,6 +115,8 @@ def restored(saved: Mapping[str, Any], fresh: Mapping[str, Any], *, start_anew: 
 
 
 def check_momentum(momentum: ArrayLike) -> None:
-    """Raises ValueError unless momentum is a weight, where it is known."""
-    if not isinstance(momentum, jax.core.Tracer) and not 0 <= float(momentum) <= 1:  # type: ignore[arg-type]
+    """Raises ValueError unless momentum is a weight, or one for each feature, where it is known."""
+    if not isinstance(momentum, jax.core.Tracer) and not np.all(
+        (np.asarray(momentum) >= 0) & (np.asarray(momentum) <= 1)
+    ):
         raise ValueError(f"momentum is the weight of the past and must lie in [0, 1], got {momentum}")

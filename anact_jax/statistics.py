@@ -269,7 +269,7 @@ def measure(
     f, x = partial(g, jax.lax.stop_gradient(constants)), jax.lax.stop_gradient(x)
     found = _measured(f, x, axes, mask, moments)
     if shards is not None:
-        found = _over_shards(found, shards)
+        found = jax.tree.map(_placed_as, _over_shards(found, shards), found)
     stats, rounding = found
     stats = stats._replace(count=jnp.broadcast_to(stats.count, [x.shape[axis] for axis in axes]))
     if moments:
@@ -474,7 +474,20 @@ def _over_shards(local: Measured, shards: Shards) -> Measured:
 
 
 def _joined(values: Sequence[Array]) -> Array:
-    return jnp.concatenate([value.ravel() for value in values])
+    return jnp.concatenate([_placed(value, (None,) * value.ndim).ravel() for value in values])
+
+
+def _placed(value: Array, spec: tuple[Any, ...]) -> Array:
+    """The same value, sharded so: features may be, under a partly manual `shard_map` on an Explicit mesh."""
+    sharding = jax.typeof(value).sharding
+    if sharding.mesh.empty or tuple(sharding.spec) == spec:
+        return value
+    placed: Array = jax.sharding.reshard(value, sharding.update(spec=spec))
+    return placed
+
+
+def _placed_as(value: Array, like: Array) -> Array:
+    return _placed(value, tuple(jax.typeof(like).sharding.spec))
 
 
 def _split(joined: Array, like: Sequence[Array]) -> list[Array]:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from anact_jax.activations import tempered
-from anact_jax.elementwise import Activation, Constants, permanent, traced, while_tracing, wide_dtype
+from anact_jax.elementwise import Activation, Constants, known, traced, while_tracing, wide_dtype
 from anact_jax.factors import normalization
 from anact_jax.form import DEFAULT, Form
 from anact_jax.gaussian import gaussian_stats
@@ -170,9 +170,10 @@ def anact(
     update = not use_running_average if update is None else update
     if update:
         _warn_of_one_value(x.shape, axes, shards)
-    step = _compiled_step if permanent(f) else _step
+    same = known(f, x)
+    step = _step if same is None else _compiled_step
     return step(
-        f,
+        f if same is None else same,
         form,
         axes,
         shards,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from anact_jax.elementwise import Activation, wide_dtype
+from anact_jax.elementwise import Activation, permanent, wide_dtype
 from anact_jax.factors import Normalization
 from anact_jax.gaussian import gaussian_stats
 from anact_jax.statistics import Stats
@@ -23,7 +23,7 @@ from anact_jax.statistics import Stats
 Scalar: TypeAlias = Float[Array, ""] | float
 ByExample: TypeAlias = Float[Array, " examples"] | Scalar
 
-_gaussian_stats = jax.jit(gaussian_stats, static_argnums=0)  # compiled once for all layers of an activation
+_compiled_stats = jax.jit(gaussian_stats, static_argnums=0)  # once for all layers of an activation
 
 
 def plain(stats: Stats) -> Normalization:
@@ -249,7 +249,8 @@ def _through_residual(block: Residual, units: _Units) -> tuple[_Units, _Back]:
 
 def _activate(element: Layer | Elementwise, mean: Array, square: Array) -> tuple[_Units, Float[Array, "..."]]:
     """What an element's activation makes of a normal signal of these moments, and the mean square of its slope."""
-    stats = _gaussian_stats(element.f, mean, jnp.sqrt(square - mean**2))
+    stats_of = _compiled_stats if permanent(element.f) else gaussian_stats
+    stats = stats_of(element.f, mean, jnp.sqrt(square - mean**2))
     factor, shift = element.normalization(_of_all(stats))
     mean = factor * (stats.mean_out - shift)
     return _Units(mean, factor**2 * stats.var_out + mean**2, element.f is linear), factor**2 * stats.slope_sq
