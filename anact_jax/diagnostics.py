@@ -26,7 +26,7 @@ from anact_jax.factors import Normalization, gains, normalization
 from anact_jax.form import DEFAULT, Form
 from anact_jax.statistics import MOMENTS, Stats, activation_stats
 
-Tap: TypeAlias = Callable[["Call", Array], Array]
+Tap: TypeAlias = Callable[["_Call", Array], Array]
 
 # `jax.jit` and `nn.jit` trace anew what they traced while the number was another: no layer stays hidden.
 _trace_number = jax.make_user_context()
@@ -107,7 +107,7 @@ class LayerPass(NamedTuple):
     gradient: Float[Array, "..."]
 
 
-class Call(NamedTuple):
+class _Call(NamedTuple):
     """A call of a layer within a model.
 
     Attributes:
@@ -298,7 +298,7 @@ def gains_on_batch(
         ['layers_1']
     """
 
-    def row(call: Call) -> LayerGains:
+    def row(call: _Call) -> LayerGains:
         module, x, normalized = call.module, call.entering, isinstance(call.module, ACTIVATIONS)
         if normalized:
             form = Form.parse(module.form)
@@ -372,7 +372,7 @@ def table(rows: Rows) -> str:
 
 
 def _through(
-    loss: Callable[..., Any], layers: tuple[type, ...], of: Callable[[Call], Any]
+    loss: Callable[..., Any], layers: tuple[type, ...], of: Callable[[_Call], Any]
 ) -> Callable[..., list[tuple[Name, Any, Array, Array]]]:
     """For each call of a layer its name, what `of` makes of it, its output, and the gradient in that."""
 
@@ -381,7 +381,7 @@ def _through(
         names: list[Name] = []
         shapes: list[Any] = []
 
-        def note(call: Call, signal: Array) -> Array:
+        def note(call: _Call, signal: Array) -> Array:
             names.append(Name(call.name))
             given = (of(call), signal, signal, jnp.zeros((), signal.dtype))
             shapes.append(jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), given))
@@ -403,7 +403,7 @@ def _through(
         def probed(probes: list[Any]) -> Any:
             remaining = iter(zip(names, probes, strict=True))
 
-            def see(call: Call, signal: Array) -> Array:
+            def see(call: _Call, signal: Array) -> Array:
                 name, probe = next(remaining, (None, None))
                 if name != call.name:
                     raise ValueError(
@@ -454,7 +454,7 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
     def run(tap: Tap) -> Any:
         tapping = True  # not while a tap calls a layer itself
 
-        def tapped(call: Call, signal: Array) -> Array:
+        def tapped(call: _Call, signal: Array) -> Array:
             nonlocal tapping
             tapping = False
             try:
@@ -468,7 +468,7 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
             if not (tapping and isinstance(module, layers) and context.method_name == _method_of(module)):
                 return call(*given, **kwargs)
             name = "/".join(module.path) or type(module).__name__
-            made = Call(module, name, lambda *args, **kwargs: linen.unbound(module)(*args, **kwargs), given, kwargs)
+            made = _Call(module, name, lambda *args, **kwargs: linen.unbound(module)(*args, **kwargs), given, kwargs)
             return tapped(made, call(*given, **kwargs))
 
         def tap_calls(module: Any, name: str) -> None:
@@ -477,7 +477,7 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
             def call(self: Any, *given: Any, **kwargs: Any) -> Any:
                 function = functools.partial(getattr(kind, method), self)
                 signal = function(*given, **kwargs)
-                return tapped(Call(self, name, function, given, kwargs), signal) if tapping else signal
+                return tapped(_Call(self, name, function, given, kwargs), signal) if tapping else signal
 
             module.__class__ = type(kind.__name__, (kind,), {method: call})
 

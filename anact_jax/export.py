@@ -140,9 +140,9 @@ def fold(
         Kernel and bias, in the kernel's dtype; they are computed in float32 or wider.
 
     Raises:
-        ValueError: shapes do not fit, or the layer pads or dilates its input with zeros (or it is not said how it
-            pads) and a shift is not 0. Fold the factor alone then, as `normalization._replace(shift=jnp.zeros_like(normalization.shift))`,
-            and keep `f(x) - shift`.
+        ValueError: shapes do not fit, or the layer pads or dilates its input with zeros (or it is not said how it pads)
+            and a shift is not 0. Fold the factor alone then, as
+            `normalization._replace(shift=jnp.zeros_like(normalization.shift))`, and keep `f(x) - shift`.
 
     Examples:
         >>> kernel, bias = fold(Normalization(jnp.array([2.0, 3.0]), jnp.array([0.5, 1.0])), jnp.ones((2, 1)))
@@ -183,7 +183,7 @@ def fold(
         return by_group.astype(dtype).reshape(*(1 for _ in window), channels, groups, 1)
 
     weights = over_kernel(factor) * kernel.astype(dtype).reshape(*window, channels, groups, out // groups)
-    applied = weights if mask is None else weights * mask.reshape(weights.shape)
+    applied = weights if mask is None else weights * mask.astype(dtype).reshape(weights.shape)
     moved = jnp.sum(applied * over_kernel(shift), axis=tuple(range(len(window) + 1))).reshape(out)
     new_bias = (jnp.zeros(out, dtype) if bias is None else bias.astype(dtype)) - moved
     return weights.reshape(kernel.shape).astype(kernel.dtype), new_bias.astype(kernel.dtype)

@@ -36,7 +36,8 @@ class ANAct(nn.Module):
 
     Attributes:
         fn: any elementwise JAX function, or a Linen module that is one, such as `nn.PReLU()`. A function that closes
-            over a parameter is differentiated in it, through the statistics as well.
+            over a parameter is differentiated in it, through the statistics as well. A module is made once, outside of
+            the function: `ANAct(nn.PReLU())`, not `ANAct(lambda x: nn.PReLU()(x))`.
         form: `Standardized(...)`, `Published(...)`, `"default"` or `"published"`. Without it the options below make a
             `Standardized`; beside it they are refused.
         std: deviation of the output.
@@ -44,7 +45,8 @@ class ANAct(nn.Module):
         axis: the feature axis; None for one set of statistics a layer.
         tempering: largest nonlinearity of what is normalized; see `anact_jax.tempered`.
         stop_gradient: treat factor and shift as constants under differentiation.
-        momentum: `new = momentum * old + (1 - momentum) * batch`; see `anact_jax.update_stats`. It may be traced.
+        momentum: `new = momentum * old + (1 - momentum) * batch`; see `anact_jax.update_stats`. It may be traced, and
+            it may be an array with one for each channel.
         use_running_average: inference (True) or training (False), here or in the call.
         update: take the batch into the running averages; by default in training only. With `use_running_average=True`
             it measures without using, with False it uses without keeping.
@@ -98,7 +100,14 @@ class ANAct(nn.Module):
         check_momentum(self.momentum)
         options = {name: getattr(self, name) for name in ("std", "center", "axis", "tempering", "stop_gradient")}
         object.__setattr__(self, "form", form_of(self.form, **options))
-        object.__setattr__(self, "fn", self.fn if isinstance(self.fn, nn.Module) else by_reference(self.fn))
+        if not isinstance(self.fn, nn.Module):
+            if any(kind.__module__.startswith("flax.nnx") for kind in type(self.fn).__mro__):
+                name = type(self).__name__
+                raise TypeError(
+                    f"fn of {name}, a Linen layer, is the NNX module {type(self.fn).__name__}, whose parameters would "
+                    f"not learn; take a Linen module such as nn.PReLU(), or anact_jax.nnx.{name}"
+                )
+            object.__setattr__(self, "fn", by_reference(self.fn))
         super().__post_init__()
 
     @nn.compact
@@ -127,7 +136,7 @@ class ANAct(nn.Module):
         if not self.is_initializing():
             self._check_state(("count", *form.moments), update)
         f = function_of(self, x)
-        known = set(self.variables.get("params", ()))
+        known = set(self.variables.get("params", ())) if self.is_initializing() else set()
         state = self._variables(f, form, features)
         if update and not self.shared:
             self._check_first()

@@ -33,7 +33,8 @@ class ANAct(nnx.Module):
     - `features`: the size of the feature axis, the width of the layer before. Without it the state is
       of shape () until the first training batch, which then shapes it; name it where shapes must not change, as under
       `nnx.scan`, to restore a checkpoint, or to save `jax.jit` a second trace.
-    - `.train()` and `.eval()` of this module, or of one that holds it, set `use_running_average`; `frozen=True`
+    - A new layer trains, as `nnx.BatchNorm` does. `.train()` and `.eval()` of this module, or of one that holds it, set
+      `use_running_average`, as `nnx.view(model, use_running_average=True)` does for a view of it; `frozen=True`
       withstands them: running statistics are used, and stay as they are, in either mode.
     - `shared=True` says that this layer is meant to be called several times in one pass. Otherwise the second training
       call in one trace warns. Calls that are not traced cannot be told from steps of training, and do not warn.

@@ -22,14 +22,15 @@ def update_stats(running: Stats, batch: Stats, *, momentum: ArrayLike = 0.9) -> 
     Args:
         running: running statistics; `count` is the number of batches taken in so far.
         batch: from `activation_stats`, of the same shape and with the same moments.
-        momentum: weight of the past, in [0, 1]; 0 keeps the last batch only, 1 the average of all. It may be traced.
+        momentum: weight of the past, in [0, 1]; 0 keeps the last batch only, 1 the average of all. It may be traced,
+            and have a number for each feature.
 
     Returns:
         `Stats` in the dtypes of `running`; running statistics in half precision are widened before they are used. A
         degenerate batch (see `anact_jax.informative`) leaves `running` as it was, feature by feature.
 
     Raises:
-        ValueError: momentum outside [0, 1], or batch and running statistics with different moments.
+        ValueError: momentum outside [0, 1] or of another shape, or batch and running statistics with different moments.
 
     Examples:
         >>> from anact_jax import activation_stats, gaussian_stats

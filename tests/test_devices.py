@@ -240,3 +240,32 @@ def test_layer_on_a_mesh_equals_one_device(kind, divided, shape, framework):
 
 def test_meshes_are_explicit_by_default():
     assert jax.make_mesh((8,), ("b",)).axis_types == (AxisType.Explicit,)
+
+
+@pytest.mark.parametrize("form", ["default", "published"])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_partly_manual_shard_map_with_sharded_features(kind, form):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    x = IMAGES[:, 0, 0].repeat(2, -1) + jnp.arange(6.0)[None]
+    layer = NSwish(axis_name="data", form=form, use_running_average=False)
+    variables = layer.init(jax.random.key(0), x)
+
+    def run(layer, x):
+        return layer.apply(variables, x, mutable=["batch_stats"])
+
+    def gradient(run, x):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(run(x)[0])))(x)
+
+    with jax.set_mesh(mesh):
+        over_shards = jax.shard_map(
+            functools.partial(run, layer),
+            in_specs=PartitionSpec("data"),
+            out_specs=(PartitionSpec("data"), PartitionSpec()),
+            axis_names={"data"},
+        )
+        sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "model")))
+        found = jax.device_get(
+            (jax.jit(over_shards)(sharded), jax.jit(functools.partial(gradient, over_shards))(sharded))
+        )
+    alone = functools.partial(run, layer.copy(axis_name=None))
+    chex.assert_trees_all_close(found, (alone(x), gradient(alone, x)), rtol=1e-4, atol=1e-5)

@@ -24,7 +24,16 @@ from anact_jax import (
     normalization,
     tempered,
 )
-from anact_jax.diagnostics import LayerVariances, gains_on_batch, linen_gains, nnx_gains, pass_through, table, variances
+from anact_jax.diagnostics import (
+    ACTIVATIONS,
+    LayerVariances,
+    gains_on_batch,
+    linen_gains,
+    nnx_gains,
+    pass_through,
+    table,
+    variances,
+)
 from anact_jax.export import constants
 
 X = 0.5 + jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
@@ -335,3 +344,130 @@ def test_table_aligns_numbers_under_their_names():
     ]
     with pytest.raises(ValueError, match="at least one row"):
         table([])
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return anact_jax.linen.NSwish(use_running_average=True)(nn.Dense(5)(x))
+
+
+class Compiled(nn.Module):
+    """A compiled method."""
+
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return anact_jax.linen.NSwish(use_running_average=True)(nn.Dense(5)(x))
+
+
+class Blocks(nn.Module):
+    """Blocks of one shape, which a compiler need trace only once."""
+
+    block: type
+
+    @nn.compact
+    def __call__(self, x):
+        for index in range(3):
+            x = self.block(name=f"block_{index}")(x)
+        return nn.Dense(2)(x)
+
+
+@pytest.mark.parametrize("around", [jax.jit, lambda measure: measure], ids=["jit", "eager"])
+@pytest.mark.parametrize("block", [nn.jit(Inner), Compiled], ids=["class", "method"])
+def test_compiled_blocks_have_the_rows_of_plain_ones(block, around):
+    x = X.reshape(-1, 9)[:, :5]
+    plain, compiled = Blocks(Inner), Blocks(block)
+    variables = jax.jit(plain.init)(jax.random.key(1), x)
+    apply = jax.jit(compiled.apply)
+    jax.block_until_ready((compiled.apply(variables, x), apply(variables, x)))  # they are traced, and kept
+    for diagnose in (variances, gains_on_batch):
+        expected = jax.jit(diagnose(loss_of(plain)))(variables, x)
+        assert len(expected) == (4 if diagnose is variances else 3)
+        for loss in (loss_of(compiled), lambda variables, x: jnp.sum(apply(variables, x) ** 2)):
+            chex.assert_trees_all_close(around(diagnose(loss))(variables, x), expected, rtol=1e-4)
+
+
+@nnx.jit
+def run_compiled(block, x):
+    return block(x)
+
+
+class NnxBlocks(nnx.Module):
+    def __init__(self):
+        self.first, self.second = (nnx.Linear(5, 5, rngs=nnx.Rngs(seed)) for seed in range(2))
+
+    def __call__(self, x):
+        return run_compiled(self.first, run_compiled(self.second, run_compiled(self.first, x)))
+
+
+def test_compiled_nnx_blocks_have_a_row_for_each_call():
+    model, x = NnxBlocks(), X.reshape(-1, 9)[:, :5]
+    model(x)
+    rows = jax.jit(variances(lambda model, x: jnp.sum(model(x) ** 2)))(model, x)
+    assert [row.name for row in rows] == ["first", "second", "first"]
+    signals = [model.first(x), model.second(model.first(x)), model(x)]
+    np.testing.assert_allclose([row.signal for row in rows], [np.mean(z**2) for z in signals], rtol=1e-4)
+
+
+def test_losses_that_change_from_trace_to_trace_are_named():
+    dense, calls = nn.Dense(3), iter((1, 2))
+
+    def loss(params, x):
+        for _ in range(next(calls)):
+            x = dense.apply(params, x)
+        return jnp.sum(x)
+
+    params = dense.init(jax.random.key(0), X[0, 0])
+    with pytest.raises(ValueError, match="does not run the same layers each time it is traced: Dense was new"):
+        variances(loss)(params, X[0, 0])
+
+
+def test_gains_leave_out_what_the_mask_leaves_out():
+    x = X.reshape(-1, 9)
+    padded, mask = jnp.concatenate([x, jnp.full((len(x), 9), 100.0)]), jnp.arange(2 * len(x))[:, None] < len(x)
+    layer = anact_jax.linen.NSwish(use_running_average=False)
+    variables = layer.init(jax.random.key(0), x)
+    same = anact_jax.nnx.NSwish(9)
+
+    def linen_loss(mask):
+        return lambda x: jnp.sum(layer.apply(variables, x, mask=mask, mutable=["batch_stats"])[0])
+
+    (expected,) = gains_on_batch(linen_loss(None))(x)
+    (found,) = gains_on_batch(linen_loss(mask))(padded)
+    (of_nnx,) = gains_on_batch(lambda layer, x: jnp.sum(layer(x, mask=mask)))(same, padded)
+    np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-4)
+    np.testing.assert_allclose(of_nnx[1:], expected[1:], rtol=1e-4)
+
+
+class Swish(nn.Module):
+    """A plain activation as a module, with an option in the call."""
+
+    @nn.compact
+    def __call__(self, x, double):
+        return (2.0 if double else 1.0) * jax.nn.swish(x)
+
+
+class WithPlain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.PReLU(negative_slope_init=0.3)(nn.Dense(5)(x))
+        x = anact_jax.linen.NSwish(use_running_average=True)(nn.Dense(5)(x))
+        return Swish()(nn.Dense(5)(x), double=True)
+
+
+def test_plain_modules_have_gains_of_the_batch():
+    model, x = WithPlain(), X.reshape(-1, 9)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    loss, layers = loss_of(model), (*ACTIVATIONS, nn.PReLU, Swish)
+    rows = jax.jit(gains_on_batch(loss, layers))(variables, x)
+    assert [row.name for row in rows] == ["PReLU_0", "NSwish_0", "Swish_0"]
+    entering = [passed.signal for passed in jax.jit(pass_through(loss))(variables, x)]
+    functions = {0: lambda x: jnp.where(x > 0, x, 0.3 * x), 2: lambda x: 2.0 * jax.nn.swish(x)}
+    for index, f in functions.items():
+        expected = gains(activation_stats(f, entering[index]))
+        np.testing.assert_allclose(rows[index][1:], (*expected, 1, 0, *expected), rtol=1e-4)
+
+    model = nnx.Sequential(nnx.Linear(9, 5, rngs=nnx.Rngs(0)), nnx.PReLU(0.3))
+    (row,) = jax.jit(gains_on_batch(lambda model, x: jnp.sum(model(x)), layers=(nnx.PReLU,)))(model, x)
+    np.testing.assert_allclose(row[1:3], gains(activation_stats(functions[0], model.layers[0](x))), rtol=1e-4)

@@ -65,7 +65,7 @@ def public_names():
                 yield f"{module.__name__}.{name}"
 
 
-INTERNAL = {"anact_jax.linen.function_of", "anact_jax.diagnostics.Name"}
+INTERNAL = {"anact_jax.linen.function_of", "anact_jax.linen.unbound", "anact_jax.diagnostics.Name"}
 
 
 def test_reference_has_every_public_name():

@@ -13,10 +13,13 @@ from flax import nnx
 
 import anact_jax.linen
 import anact_jax.nnx
+import anact_jax.step
 from anact_jax import DEFAULT, PUBLISHED, anact, gaussian_stats, initial_stats, normalization, tempered
-from anact_jax.elementwise import permanent, traced, while_tracing
+from anact_jax.elementwise import check_elementwise, permanent, traced, while_tracing
+from anact_jax.step import check_activation
 
 X = 0.4 + 1.3 * jax.random.normal(jax.random.key(0), (32, 6))
+KEY = jax.random.key(0)
 SLOPE = 0.3
 
 
@@ -139,12 +142,145 @@ def test_nothing_of_a_function_that_changed_is_remembered(monkeypatch):
         default.__defaults__ = (0.3,)
 
 
-def test_only_functions_that_cannot_change_are_permanent():
+@jax.custom_jvp
+def with_a_rule(x):
+    return jnp.tanh(x)
+
+
+@with_a_rule.defjvp
+def _rule(primals, tangents):
+    return with_a_rule(*primals), jnp.asarray(SLOPE, jnp.float32) * tangents[0]
+
+
+@functools.wraps(jax.nn.relu)
+def decorated(x):
+    return reads_a_variable(x)
+
+
+def test_only_functions_of_the_libraries_are_permanent():
     assert permanent(jax.nn.swish)
     assert permanent(jnp.tanh)
-    assert permanent(named)
-    for f in (reads_a_variable, lambda x: x, functools.partial(swish, slope=1.0), Mutable(1.0), len):
+    assert permanent(anact_jax.ACTIVATIONS["mish"])
+    changing = (named, decorated, with_a_rule, lambda x: x, functools.partial(swish, slope=1.0), Mutable(1.0), len)
+    for f in changing:
         assert not permanent(f)
+
+
+@pytest.mark.parametrize("f", [with_a_rule, decorated], ids=["rule", "decorated"])
+def test_variables_read_by_rules_and_decorated_are_current(f, monkeypatch):
+    def gradient(x):
+        form = DEFAULT.replace(stop_gradient=True)
+        return jax.grad(lambda x: jnp.sum(anact(f, x, initial_stats(f, form, (6,)), form)[0]))(x)
+
+    before = jax.jit(gradient)(X)
+    monkeypatch.setattr(f"{__name__}.SLOPE", 3.0)
+    after = jax.jit(lambda x: gradient(x))(X)
+    np.testing.assert_allclose(after, gradient(X), rtol=1e-4, atol=1e-5)
+    assert np.abs(after - before).max() > 0.1
+
+
+def test_layers_with_equal_functions_are_traced_once(monkeypatch):
+    found = []
+    measure = anact_jax.step.measure
+    monkeypatch.setattr(anact_jax.step, "measure", lambda *args: found.append(args) or measure(*args))
+
+    def traces(*functions):
+        def network(x):
+            for f in functions:
+                x, _ = anact(f, x, initial_stats(jax.nn.swish, shape=(6,)))
+            return x
+
+        found.clear()
+        jax.make_jaxpr(network)(X[:7])
+        return len(found)
+
+    factor = 1.0 + np.random.default_rng().uniform()  # what no other test has traced
+    assert traces(*(lambda x: factor * jnp.tanh(x) for _ in range(5))) == 1
+    assert traces(*(lambda x, factor=factor + index: factor * jnp.tanh(x) for index in (1, 2))) == 2
+
+
+def fixed_point(x):
+    """The w with w + w**3 = x, by iterations that end when all elements have converged."""
+
+    def step(state):
+        w, _ = state
+        new = w - (w + w**3 - x) / (1 + 3 * w**2)
+        return new, jnp.max(jnp.abs(new - w))
+
+    return jax.lax.while_loop(lambda state: state[1] > 1e-5, step, (x, jnp.asarray(1, x.dtype)))[0]
+
+
+ELEMENTWISE = {
+    "basis": lambda x: jnp.sum(jnp.tanh(x[..., None] - jnp.linspace(-2, 2, 9).reshape((1,) * x.ndim + (9,))), -1),
+    "matrix": lambda x: jnp.stack([x, x**2], -1) @ jnp.asarray([1.0, 0.5], x.dtype),
+    "largest of lines": lambda x: jnp.max(jnp.stack([x, 0.1 * x, jnp.full_like(x, -1)]), 0),
+    "table": lambda x: jnp.interp(x, np.linspace(-3, 3, 7), np.arange(7.0) ** 2),
+    "loop": fixed_point,
+    "noise": lambda x: x * jax.random.uniform(jax.random.key(0), x.shape, x.dtype),
+    "vmap": lambda x: jax.vmap(lambda each: jax.lax.cond(each > 0, jnp.sin, jnp.cos, each))(x.ravel()).reshape(x.shape),
+    "not finite": lambda x: jnp.log(x) * jnp.inf,
+    "special": lambda x: x * jax.scipy.special.gammainc(2.0, jnp.abs(x)),
+    **{
+        name: getattr(jax.nn, name) for name in ("relu6", "celu", "hard_swish", "squareplus", "log_sigmoid", "identity")
+    },
+}
+OTHERS = {
+    "softmax": jax.nn.softmax,
+    "log_softmax": jax.nn.log_softmax,
+    "cumsum": jnp.cumsum,
+    "sort": jnp.sort,
+    "flip": jnp.flip,
+    "roll": lambda x: jnp.roll(x, 1),
+    "less its mean": lambda x: x - jnp.mean(x),
+    "by its size": lambda x: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True)),
+    "by its maximum": lambda x: x / jnp.max(jnp.abs(x)),
+    "less its minimum": lambda x: x - jnp.min(x),
+    "any": lambda x: jnp.where(jnp.any(x > 2), x, 2 * x),
+    "neighbours": lambda x: jnp.convolve(x.ravel(), jnp.ones(3, x.dtype), "same").reshape(x.shape),
+    "glu": jax.nn.glu,
+    "of rows": lambda x: jnp.tanh(x) * jnp.arange(6.0)[None],
+}
+
+
+@pytest.mark.parametrize("f", ELEMENTWISE.values(), ids=ELEMENTWISE)
+def test_elementwise_functions_are_taken(f):
+    check_elementwise(f)
+
+
+@pytest.mark.parametrize("name", ["basis", "table"])
+def test_functions_over_numpy_arrays_have_gradients(name):
+    f = ELEMENTWISE[name]
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(anact(f, x, initial_stats(f, shape=(6,)))[0]))))(X)
+    expected = jax.grad(lambda x: jnp.sum(jnp.sin(by_hand(f, x, DEFAULT.replace(level=1.0)) / 2)))(X)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("f", OTHERS.values(), ids=OTHERS)
+def test_others_are_refused_by_name(f):
+    for make in (anact_jax.nnx.ANAct, lambda f: anact_jax.linen.ANAct(f, use_running_average=True).init(KEY, X)):
+        with pytest.raises(ValueError, match=rf"an activation must be.* elementwise.*{f.__name__}"):
+            make(f)
+
+
+def test_other_layers_are_refused_by_name():
+    layer = anact_jax.linen.ANAct(nn.LayerNorm(), use_running_average=True)
+    with pytest.raises(ValueError, match=r"an activation must be.* elementwise.*LayerNorm refuses shape"):
+        layer.init(KEY, X)
+    with pytest.raises(TypeError, match=r"an activation must be.* elementwise.*LayerNorm refuses shape"):
+        anact_jax.nnx.ANAct(nnx.LayerNorm(6, rngs=nnx.Rngs(0)), 6)
+    for wrong in (None, [jax.nn.relu]):
+        with pytest.raises(TypeError, match="fn must be an elementwise function such as"):
+            check_activation(wrong, "ANAct")
+
+
+def test_learned_functions_are_checked_too():
+    @functools.partial(jax.jit, static_argnums=0)
+    def prior(f, slope):
+        return initial_stats(lambda x: f(x, slope)).mean_out
+
+    assert np.isfinite(prior(swish, jnp.float32(1.5)))
+    with pytest.raises(ValueError, match="outputs of <lambda> depend on other elements"):
+        prior(lambda x, slope: jax.nn.softmax(slope * x), jnp.float32(1.5))
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.grad], ids=["eager", "jit", "grad"])

@@ -327,3 +327,41 @@ def test_training_step_is_exported_for_cpu_gpu_and_tpu_in_one(shape):
     x, target = jax.random.normal(jax.random.key(0), (2, *shape))
     expected = jax.jit(step)(state, x, target)
     chex.assert_trees_all_close(exported.call(state, x, target), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_function_of_a_learned_activation_is_a_snapshot():
+    x = IMAGES[:, 0, 0]
+    layer = anact_jax.nnx.ANAct(nnx.PReLU(), 3, form=DEFAULT.replace(nonlinearity=0.1))
+    layer(x)
+    function, expected = as_function(layer), layer(x, use_running_average=True)
+    layer.fn.negative_slope[...] = 0.7
+    np.testing.assert_allclose(function(x), expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(layer(x, use_running_average=True) - expected).max() > 0.1
+
+    of_linen = anact_jax.linen.ANAct(nn.Sequential([nn.PReLU(), jnp.tanh]), use_running_average=True)
+    variables = of_linen.init(jax.random.key(0), x)
+    function = as_function(of_linen.bind(variables))
+    np.testing.assert_allclose(function(x), of_linen.apply(variables, x), rtol=1e-5, atol=1e-6)
+
+
+def test_fold_follows_a_masked_convolution():
+    mask = jnp.tril(jnp.ones((3, 6, 4)))
+    layer = nn.Conv(4, (3,), mask=mask, padding="VALID")
+    x = jax.random.normal(jax.random.key(0), (2, 9, 6))
+    params = layer.init(jax.random.key(1), x)["params"]
+    normalized = PER_CHANNEL.factor[None, None] * (x - PER_CHANNEL.shift[None, None])
+    kernel, bias = fold(PER_CHANNEL, params["kernel"], params["bias"], padding="VALID", mask=mask)
+    folded = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    np.testing.assert_allclose(folded, layer.apply({"params": params}, normalized), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"mask of shape \(3, 6, 1\) is not that of a kernel of shape \(3, 6, 4\)"):
+        fold(PER_CHANNEL, params["kernel"], padding="VALID", mask=mask[..., :1])
+
+
+@pytest.mark.parametrize("input_dilation", [2, (1, 2)])
+def test_fold_refuses_a_shift_before_input_dilation(input_dilation):
+    kernel = jnp.ones((1, 1, 6, 4))
+    with pytest.raises(ValueError, match=r"dilates its input with zeros \(input_dilation="):
+        fold(PER_CHANNEL, kernel, padding="VALID", input_dilation=input_dilation)
+    found, _ = fold(PER_CHANNEL._replace(shift=jnp.zeros(6)), kernel, padding="VALID", input_dilation=input_dilation)
+    np.testing.assert_array_equal(found, 2 * kernel)
+    fold(PER_CHANNEL, kernel, padding="VALID", input_dilation=(1, 1))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from oracles import ALL_MOMENTS
 
 import anact_jax.linen
@@ -480,3 +481,130 @@ def test_gradient_in_a_learned_slope_equals_finite_differences(make):
         above, below = (loss(jax.tree.map(lambda value, h=h: value + h, params)) for h in (1e-5, -1e-5))
         np.testing.assert_allclose(gradient, (above - below) / 2e-5, rtol=1e-6)
         assert abs(float(gradient)) > 1e-3
+
+
+class Scaled(nn.Module):
+    """An elementwise module that holds another."""
+
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.param("scale", nn.initializers.constant(2.0), ()) * self.inner(x)
+
+
+class InSetup(nn.Module):
+    make: object
+
+    def setup(self):
+        self.act = self.make()
+
+    def __call__(self, x):
+        return self.act(x)
+
+
+class InCompact(nn.Module):
+    make: object
+
+    @nn.compact
+    def __call__(self, x):
+        return self.make()(x)
+
+
+class Given(nn.Module):
+    act: nn.Module
+
+    def __call__(self, x):
+        return self.act(x)
+
+
+@pytest.mark.parametrize("lift", [lambda module: module, nn.remat, nn.jit], ids=["plain", "remat", "jit"])
+@pytest.mark.parametrize("place", ["top", "setup", "compact", "given"])
+def test_module_within_a_module_learns_wherever_made(place, lift):
+    def make():
+        fn = nn.Sequential([Scaled(nn.PReLU(negative_slope_init=0.25)), jnp.tanh])
+        return lift(anact_jax.linen.ANAct)(fn, use_running_average=False)
+
+    model = {
+        "top": make,
+        "setup": lambda: InSetup(make),
+        "compact": lambda: InCompact(make),
+        "given": lambda: Given(make()),
+    }
+    model = model[place]()
+    variables = model.init(jax.random.key(0), X)
+    assert len(jax.tree.leaves(variables["params"])) == 2
+
+    def loss(params):
+        y, _ = model.apply({**variables, "params": params}, X, mutable=["batch_stats"])
+        return jnp.sum(jnp.sin(y))
+
+    def by_hand(slope, scale):
+        f = lambda x: jnp.tanh(scale * jnp.where(x > 0, x, slope * x))  # noqa: E731
+        return jnp.sum(jnp.sin(anact(f, X, anact_jax.initial_stats(f, shape=(6,)))[0]))
+
+    found = {
+        path[-1].key: value for path, value in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(variables["params"]))
+    }
+    expected = jax.grad(by_hand, argnums=(0, 1))(jnp.float32(0.25), jnp.float32(2.0))
+    np.testing.assert_allclose((found["negative_slope"], found["scale"]), expected, rtol=1e-3)
+
+
+def test_module_made_in_the_function_is_refused():
+    with pytest.raises(
+        TypeError, match=r"fn of ANAct 'ANAct_0' makes a module each time .*PReLU_0.*ANAct\(nn.PReLU\(\)\)"
+    ):
+        InCompact(lambda: anact_jax.linen.ANAct(lambda x: nn.PReLU()(x), use_running_average=False)).init(
+            jax.random.key(0), X
+        )
+
+
+SPELLINGS = {
+    "jitted": jax.nn.relu,
+    "ufunc": jnp.tanh,
+    "partial": functools.partial(jax.nn.leaky_relu, negative_slope=0.2),
+}
+
+
+@pytest.mark.parametrize("fn", SPELLINGS.values(), ids=SPELLINGS)
+def test_layers_of_functions_of_jax_copy_and_pickle(fn):
+    layer = anact_jax.linen.ANAct(fn, use_running_average=True)
+    variables = layer.init(jax.random.key(0), X)
+    assert copy.deepcopy(layer) == layer
+    copied = pickle.loads(pickle.dumps(layer))
+    np.testing.assert_array_equal(copied.apply(variables, X), layer.apply(variables, X))
+    assert copied == layer or isinstance(fn, functools.partial)
+
+
+def test_momentum_for_each_channel():
+    momentum = jnp.linspace(0.0, 1.0, 6)
+
+    def two_steps(momentum):
+        layer = anact_jax.linen.NSwish(momentum=momentum, use_running_average=False)
+        variables = layer.init(jax.random.key(0), X)
+        for x in (X, 2 * X, X - 1):
+            _, variables = layer.apply(variables, x, mutable=["batch_stats"])
+        return variables["batch_stats"]["mean_out"]
+
+    found = two_steps(momentum)
+    for channel in range(6):
+        np.testing.assert_allclose(found[channel], two_steps(float(momentum[channel]))[channel], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"momentum must be one number, or one for each feature, of shape \(6,\); got"):
+        two_steps(momentum[:3])
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        two_steps(momentum * 2)
+
+
+def test_layer_with_a_module_works_as_an_nnx_module():
+    layer = anact_jax.linen.ANAct(nn.PReLU(), use_running_average=False)
+    model = nnx.bridge.ToNNX(layer, rngs=nnx.Rngs(0)).lazy_init(X)
+    y = model(X, mutable=["batch_stats"])
+    expected, updates = layer.apply(layer.init(jax.random.key(0), X), X, mutable=["batch_stats"])
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.mean_out[...], updates["batch_stats"]["mean_out"], rtol=1e-5)
+    assert model.fn["negative_slope"][...] == nn.PReLU().negative_slope_init
+
+
+def test_nnx_module_in_a_linen_layer_is_refused():
+    with pytest.raises(TypeError, match=r"is the NNX module PReLU, .* or anact_jax.nnx.ANAct"):
+        anact_jax.linen.ANAct(nnx.PReLU())

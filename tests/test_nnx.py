@@ -129,10 +129,8 @@ def test_state_is_a_batch_stat():
     assert type(net.act.count) is nnx.BatchStat
 
 
-def test_mode_comes_from_call_then_module_and_must_come_from_somewhere():
+def test_mode_comes_from_call_then_module():
     x, layer = batches(1)[0], NSwish()
-    with pytest.raises(ValueError, match=r"call model.train\(\) or model.eval\(\)"):
-        layer(x)
     layer.eval()
     layer(x)
     assert layer.count[...].max() == 0
@@ -383,9 +381,36 @@ def test_traced_momentum_gives_the_state_of_the_number():
     assert not np.allclose(three_steps(0.3).var_out, three_steps(0.9).var_out, rtol=0.01)
 
 
-def test_mode_given_nowhere_is_an_error_that_names_layer_and_option():
-    with pytest.raises(ValueError, match=r"NSwish does not know.*pass use_running_average=False or True"):
-        Net(nnx.Rngs(0))(batches(1)[0])
+def test_layers_train_as_constructed():
+    x, layer = batches(1)[0], NSwish()
+    np.testing.assert_array_equal(layer(x), NSwish(use_running_average=False)(x))
+    assert layer.count[...].max() == 1
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [jax.nn.relu, jnp.tanh, functools.partial(jax.nn.leaky_relu, negative_slope=0.2)],
+    ids=["jitted", "ufunc", "partial"],
+)
+def test_a_copy_made_before_training_averages_with_it(fn):
+    x, net = batches(1)[0], Net(nnx.Rngs(0), lambda: ANAct(fn, 12))
+    average = copy.deepcopy(net)
+    net.train()
+    net(x)
+    mean = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, average, net)
+    assert mean.act.count[...].max() == 0.5
+    copied = pickle.loads(pickle.dumps(net))
+    net.eval()
+    copied.eval()
+    np.testing.assert_array_equal(copied(x), net(x))
+
+
+def test_momentum_for_each_channel():
+    xs, momentum = batches(3), jnp.linspace(0.0, 1.0, 6)
+    found = expected_state(xs, features=6, momentum=momentum).mean_out
+    for channel in (0, 2, 5):
+        expected = expected_state(xs, features=6, momentum=float(momentum[channel])).mean_out
+        np.testing.assert_allclose(found[channel], expected[channel], rtol=1e-5)
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -369,3 +369,19 @@ LINEAR = RELU._replace(f=linear)
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_propagate_follows_a_slope_that_changes():
+    class Scaled:
+        slope = 0.5
+
+        def __call__(self, x):
+            return self.slope * x
+
+    f = Scaled()
+    layer = Layer(f, fan_in=64, fan_out=64, weight_var=1 / 64)
+    found = []
+    for slope in (0.5, 2.0):
+        f.slope = slope
+        found.append(propagate([layer] * 3).signal[-1])
+    np.testing.assert_allclose(found, [0.5**4, 2.0**4], rtol=1e-5)
