@@ -10,8 +10,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from anact_jax.tracing import Activation, while_tracing
 from anact_jax.gaussian import gaussian_stats, under_normal
+from anact_jax.tracing import Activation, while_tracing
 
 
 def elu(x: ArrayLike) -> Array:

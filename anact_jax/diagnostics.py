@@ -1,4 +1,4 @@
-"""What the layers of a model do: gains, from its state or on a batch, and variances of signals and gradients.
+"""What the layers of a model do on a batch: gains, and variances of signals and gradients.
 
 Rows of numbers come out, one a layer, as NamedTuples that pass through `jax.jit` and `jax.vmap`; `table` makes
 text of them, `anact_jax.plots.draw` a picture.
@@ -8,7 +8,7 @@ import contextlib
 import functools
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -20,11 +20,9 @@ from jaxtyping import Array, Float
 
 import anact_jax.nnx
 from anact_jax import linen
+from anact_jax.published import gains
+from anact_jax.statistics import FactorAndShift, Stats, activation_stats
 from anact_jax.tracing import wide_dtype
-from anact_jax.export import constants, running_stats
-from anact_jax.factors import Normalization, gains, normalization
-from anact_jax.form import DEFAULT, Form
-from anact_jax.statistics import MOMENTS, Stats, activation_stats
 
 Tap: TypeAlias = Callable[["_Call", Array], Array]
 
@@ -38,10 +36,7 @@ LAYERS: tuple[type, ...] = (
 )
 """Layers with weights, whose outputs are the signals z_l of docs/explanation/method.md."""
 
-BEHIND_BATCH_NORM: tuple[type, ...] = (linen.BatchNormAct, anact_jax.nnx.BatchNormAct)
-"""Normalized activations that are one layer with the BatchNorm before them."""
-
-ACTIVATIONS: tuple[type, ...] = (linen.ANAct, anact_jax.nnx.ANAct, *BEHIND_BATCH_NORM)
+NORMALIZED: tuple[type, ...] = (linen.ANAct, anact_jax.nnx.ANAct)
 """Normalized activations."""
 
 
@@ -55,13 +50,13 @@ class Name(str):
 class LayerGains(NamedTuple):
     """What a normalized activation does to variance; 1 keeps it. Means over channels, where each has its own.
 
-    With `reference="unit"` a layer keeps the level 1 instead of its input's: its gains are then near 1 / Var[x].
+    A `Standardized` layer gives its output a deviation of its own: its gains are then near std^2 / Var[x].
 
     Attributes:
         name: where it stands in the model.
         forward: gain of `factor * (f(x) - shift)` for signals, see `anact_jax.Gains`.
         backward: its gain for gradients.
-        factor: see `anact_jax.Normalization`.
+        factor: of `factor * (f(x) - shift)`.
         shift: likewise.
         bare_forward: gain of f(x) alone for signals.
         bare_backward: gain of f(x) alone for gradients.
@@ -140,100 +135,12 @@ class _Call(NamedTuple):
 Rows: TypeAlias = Sequence[LayerGains] | Sequence[LayerVariances]
 
 
-def _row(name: str, form: Form, stats: Stats, numbers: Normalization) -> LayerGains:
+def _row(name: str, stats: Stats, numbers: FactorAndShift) -> LayerGains:
     """The row of an activation with these statistics that is normalized by these numbers."""
-    missing = [moment for moment in MOMENTS if getattr(stats, moment) is None]
-    if missing:
-        raise ValueError(
-            f"the state of {name} has no {', '.join(missing)} to tell gains by, since form {form} does not use them; "
-            "measure gains on a batch: anact_jax.diagnostics.gains_on_batch(loss)"
-        )
     factor, shift = numbers
     bare, shifted = gains(stats), gains(stats, shift=shift)
     columns = (factor**2 * shifted.forward, factor**2 * shifted.backward, factor, shift, *bare)
     return LayerGains(Name(name), *(jnp.mean(column) for column in columns))
-
-
-def linen_layers(
-    variables: Mapping[str, Any], form: Form = DEFAULT, *, collection: str = "batch_stats"
-) -> dict[str, tuple[Stats, Normalization]]:
-    """Running statistics, and factor and shift in inference, of each `anact_jax.linen.ANAct` in a model's variables.
-
-    Args:
-        variables: as `model.init` and training leave them: `"batch_stats"`, and `"params"` for learned corrections.
-        form: what the layers were made with. Of layers made with different ones, give their parts of the
-            variables one by one.
-        collection: where the layers keep their state.
-
-    Returns:
-        By name, in the natural order of names (9 before 10), since a state tells no order of execution; empty
-        where there are none.
-    """
-    found: dict[str, tuple[Stats, Normalization]] = {}
-
-    def visit(path: tuple[str, ...], state: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-        if {"count", *form.moments} <= set(state):
-            stats = Stats(**{name: jnp.asarray(state[name]) for name in ("count", *form.moments)})
-            alpha = jnp.asarray(params["alpha"]) if form.learned else None
-            found["/".join(path) or "ANAct"] = stats, normalization(stats, form, alpha=alpha)
-            return
-        for name in sorted(state, key=_natural):
-            if isinstance(state[name], Mapping):
-                visit((*path, name), state[name], params.get(name, {}))
-
-    visit((), variables.get(collection, {}), variables.get("params", {}))
-    return found
-
-
-def linen_gains(
-    variables: Mapping[str, Any], form: Form = DEFAULT, *, collection: str = "batch_stats"
-) -> tuple[LayerGains, ...]:
-    """Gains, factor and shift of every normalized activation of a Linen model, from its running statistics.
-
-    Before training those are of a standard normal input. A transform that stacks layers (`nn.scan`) makes one
-    row of them, their mean.
-
-    Args:
-        variables: see `linen_layers`.
-        form: see `linen_layers`.
-        collection: see `linen_layers`.
-
-    Raises:
-        ValueError: there is no such layer, or its form does not use all moments; see `gains_on_batch`.
-
-    Examples:
-        >>> from anact_jax import PUBLISHED
-        >>> from anact_jax.linen import NSwish
-        >>> model = nn.Sequential([nn.Dense(8), NSwish(form=PUBLISHED, use_running_average=True)])
-        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
-        >>> print(table(linen_gains(variables, PUBLISHED)))
-        layer     forward  backward  factor  shift  bare forward  bare backward
-        layers_1    0.969      1.03    1.65      0         0.356          0.379
-    """
-    layers = linen_layers(variables, form, collection=collection)
-    if not layers:
-        raise ValueError(
-            f"no statistics of normalized activations in collection {collection!r} of variables with "
-            f"{', '.join(variables) or 'no collections'}; give what model.init returned and training updated"
-        )
-    return tuple(_row(name, form, *layer) for name, layer in layers.items())
-
-
-def nnx_gains(model: nnx.Module) -> tuple[LayerGains, ...]:
-    """Gains, factor and shift of every normalized activation of an NNX model, as `linen_gains` of a Linen one.
-
-    Raises:
-        ValueError: as `linen_gains`.
-
-    Examples:
-        >>> row, = nnx_gains(anact_jax.nnx.NReLU(form="mean+center+unit+feature"))
-        >>> round(float(row.forward), 3), round(float(row.factor), 3)
-        (0.841, 1.571)
-    """
-    layers = _modules(model, (anact_jax.nnx.ANAct,))
-    if not layers:
-        raise ValueError(f"no normalized activations in {type(model).__name__}; expected some anact_jax.nnx.ANAct")
-    return tuple(_row(name, layer.form, running_stats(layer), constants(layer)) for name, layer in layers)
 
 
 def pass_through(loss: Callable[..., Any], layers: tuple[type, ...] = LAYERS) -> Callable[..., tuple[LayerPass, ...]]:
@@ -271,7 +178,7 @@ def pass_through(loss: Callable[..., Any], layers: tuple[type, ...] = LAYERS) ->
 
 
 def gains_on_batch(
-    loss: Callable[..., Any], layers: tuple[type, ...] = ACTIVATIONS
+    loss: Callable[..., Any], layers: tuple[type, ...] = NORMALIZED
 ) -> Callable[..., tuple[LayerGains, ...]]:
     """Gains of every normalized activation on the batch that `loss` runs it on, whatever its form keeps in its state.
 
@@ -279,7 +186,7 @@ def gains_on_batch(
         loss: see `pass_through`.
         layers: types of the modules to measure. One that is no normalized activation is measured as a plain one, with
             factor 1 and shift 0: any elementwise module, such as `nn.PReLU`. Functions leave no trace in a model: make
-            a module of one. Of a `BatchNormAct` the activation is measured, on what BatchNorm gives out.
+            a module of one.
 
     Returns:
         A function of loss's arguments; what it returns has a row for each call of such a layer, in the order of
@@ -290,7 +197,7 @@ def gains_on_batch(
         TypeError, ValueError: see `pass_through`.
 
     Examples:
-        >>> model = nn.Sequential([nn.Dense(8), linen.NSwish(form="forward+center", use_running_average=True)])
+        >>> model = nn.Sequential([nn.Dense(8), linen.NSwish(use_running_average=True)])
         >>> x = jax.random.normal(jax.random.key(0), (64, 4))
         >>> variables = model.init(jax.random.key(1), x)
         >>> measure = jax.jit(gains_on_batch(lambda variables, x: jnp.sum(model.apply(variables, x))))
@@ -299,14 +206,12 @@ def gains_on_batch(
     """
 
     def row(call: _Call) -> LayerGains:
-        module, x, normalized = call.module, call.entering, isinstance(call.module, ACTIVATIONS)
+        module, x, normalized = call.module, call.entering, isinstance(call.module, NORMALIZED)
         if normalized:
-            form = Form.parse(module.form)
-            mask = call.kwargs.get("mask")
-            stats = activation_stats(module.activation, x, feature_axes=form.axes, mask=mask)
-            return _row(call.name, form, stats, constants(module))
-        plain = Normalization(jnp.ones(()), jnp.zeros(()))
-        return _row(call.name, DEFAULT, activation_stats(call.of, x), plain)
+            stats = activation_stats(module.activation, x, axis=module.form.axis, mask=call.kwargs.get("mask"))
+            return _row(call.name, stats, module.normalization())
+        plain = FactorAndShift(jnp.ones(()), jnp.zeros(()))
+        return _row(call.name, activation_stats(call.of, x), plain)
 
     through = _through(loss, layers, row)
 
@@ -465,21 +370,21 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
 
         def on_call(call: Callable[..., Any], given: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             module = context.module
-            if not (tapping and isinstance(module, layers) and context.method_name == _method_of(module)):
+            if not (tapping and isinstance(module, layers) and context.method_name == "__call__"):
                 return call(*given, **kwargs)
             name = "/".join(module.path) or type(module).__name__
             made = _Call(module, name, lambda *args, **kwargs: linen.unbound(module)(*args, **kwargs), given, kwargs)
             return tapped(made, call(*given, **kwargs))
 
         def tap_calls(module: Any, name: str) -> None:
-            kind, method = type(module), _method_of(module)
+            kind = type(module)
 
             def call(self: Any, *given: Any, **kwargs: Any) -> Any:
-                function = functools.partial(getattr(kind, method), self)
+                function = functools.partial(kind.__call__, self)
                 signal = function(*given, **kwargs)
                 return tapped(_Call(self, name, function, given, kwargs), signal) if tapping else signal
 
-            module.__class__ = type(kind.__name__, (kind,), {method: call})
+            module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
 
         fresh = [nnx.clone(leaf) if isinstance(leaf, nnx.Module) else leaf for leaf in leaves]
         for model in fresh:
@@ -491,11 +396,6 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
             return loss(*jax.tree.unflatten(treedef, fresh))
 
     return run
-
-
-def _method_of(module: Any) -> str:
-    """Where a layer takes its input: of one with BatchNorm before it, where its activation does."""
-    return "activate" if isinstance(module, BEHIND_BATCH_NORM) else "__call__"
 
 
 def _modules(model: nnx.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:

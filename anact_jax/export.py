@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import flax.nnx
 import jax
@@ -11,61 +11,15 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from anact_jax import linen, nnx
-from anact_jax.tracing import wide_dtype
-from anact_jax.factors import Normalization, normalization
-from anact_jax.form import Form
-from anact_jax.statistics import Stats, canonical_axes, other_axes
+from anact_jax.forms import form_of
+from anact_jax.statistics import FactorAndShift, feature_axes, other_axes
 from anact_jax.step import normalize
+from anact_jax.tracing import wide_dtype
 
 Trained: TypeAlias = linen.ANAct | nnx.ANAct
 Padding: TypeAlias = str | int | Sequence[int | tuple[int, int]]
 
 _PADS_WITH_ZEROS = {"SAME": True, "CAUSAL": True, "VALID": False, "CIRCULAR": False, "REFLECT": False}
-
-
-def running_stats(layer: Trained) -> Stats:
-    """Running statistics that a layer holds: the moments that its form uses.
-
-    Args:
-        layer: an NNX `ANAct`, or a Linen one bound to its variables, as `constants` takes it.
-
-    Raises:
-        ValueError: a Linen layer without its statistics.
-    """
-    names = ("count", *Form.parse(layer.form).moments)
-    if isinstance(layer, nnx.ANAct):
-        return Stats(**{name: jnp.asarray(getattr(layer, name)[...]) for name in names})
-    return Stats(**{name: jnp.asarray(_variable(layer, layer.collection, name)) for name in names})
-
-
-def constants(layer: Trained | linen.BatchNormAct | nnx.BatchNormAct) -> Normalization:
-    """Factor and shift that a trained layer applies in inference, the learned correction included.
-
-    Args:
-        layer: an NNX `ANAct` or `BatchNormAct`, or a Linen one bound to its variables:
-            `layer.bind({"batch_stats": ...})` with what `model.init` and training put under the layer's name; of a
-            learned form and of `BatchNormAct` its `"params"` too.
-
-    Returns:
-        `Normalization` of the statistics' shape. Before training it is that of a standard normal input.
-
-    Raises:
-        ValueError: a Linen layer without its variables.
-
-    Examples:
-        >>> layer = linen.NReLU(form="forward+center", use_running_average=True)
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
-        >>> [round(float(value), 3) for value in constants(layer.bind(variables))]
-        [1.713, 0.399]
-    """
-    if isinstance(layer, linen.BatchNormAct | nnx.BatchNormAct):
-        return layer.normalization()
-    form, alpha = Form.parse(layer.form), None
-    if form.learned:
-        held: Any = _variable(layer, "params", "alpha") if isinstance(layer, linen.ANAct) else layer.alpha
-        alpha = jnp.asarray(held[...])
-    stats = jax.tree.map(lambda moment: moment.astype(wide_dtype(moment.dtype)), running_stats(layer))
-    return normalization(stats, form, alpha=alpha)
 
 
 def as_function(layer: Trained) -> Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]:
@@ -75,7 +29,7 @@ def as_function(layer: Trained) -> Callable[[Float[Array, "*shape"]], Float[Arra
     activation with parameters included. A function that reads variables goes on reading them.
 
     Args:
-        layer: as `constants` takes it, with concrete values: not under `jit`.
+        layer: an NNX `ANAct`, or a Linen one bound to its variables, with concrete values: not under `jit`.
 
     Returns:
         A function of any array that the layer takes, with output of the input's shape and dtype.
@@ -84,17 +38,17 @@ def as_function(layer: Trained) -> Callable[[Float[Array, "*shape"]], Float[Arra
         ValueError: a Linen layer without its variables, or state of several layers, as under `scan` or `vmap`.
 
     Examples:
-        >>> layer = linen.NReLU(form="forward+center", use_running_average=True)
-        >>> f = as_function(layer.bind(layer.init(jax.random.key(0), jnp.ones((2, 3)))))
-        >>> [round(float(value), 3) for value in f(jnp.array([-1.0, 1.0]))]
+        >>> layer = linen.NReLU(std=1.0, use_running_average=True)
+        >>> f = as_function(layer.bind(layer.init(jax.random.key(0), jnp.ones((2, 1)))))
+        >>> [round(float(value), 3) for value in f(jnp.array([[-1.0], [1.0]])).ravel()]
         [-0.683, 1.03]
     """
-    factor, shift = (np.asarray(value) for value in constants(layer))
-    given = Form.parse(layer.form).axes
-    feature_axes = given if factor.ndim else ()  # an NNX layer that saw no batch has the same numbers for every feature
-    if factor.ndim != len(feature_axes):
+    factor, shift = (np.asarray(value) for value in layer.normalization())
+    # An NNX layer that saw no batch has the same numbers for every feature.
+    axis = form_of(layer.form).axis if factor.ndim else None
+    if factor.ndim != (axis is not None):
         raise ValueError(
-            f"the state of shape {factor.shape} does not fit feature_axes {given} of one layer; where a transform "
+            f"the state of shape {factor.shape} does not fit axis {axis} of one layer; where a transform "
             "stacked several, take one's state first: jax.tree.map(lambda value: value[index], state)"
         )
     if isinstance(layer, nnx.ANAct) and isinstance(layer.fn, flax.nnx.Module):
@@ -102,14 +56,14 @@ def as_function(layer: Trained) -> Callable[[Float[Array, "*shape"]], Float[Arra
     f = layer.activation
 
     def function(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        others = other_axes(canonical_axes(feature_axes, x.ndim), x.ndim)
+        others = other_axes(feature_axes(axis, x.ndim), x.ndim)
         return normalize(f, x, jnp.asarray(np.expand_dims(factor, others)), jnp.asarray(np.expand_dims(shift, others)))
 
     return function
 
 
 def fold(
-    normalization: Normalization,
+    normalization: FactorAndShift,
     kernel: Float[Array, "*window channels out"],
     bias: Float[Array, " out"] | None = None,
     *,
@@ -129,7 +83,7 @@ def fold(
     `jax.tree.map(lambda value: jnp.tile(value, height * width), normalization)`.
 
     Args:
-        normalization: from `constants`, of shape () or (channels,).
+        normalization: from `layer.normalization()`, of shape () or (channels,).
         kernel: of `Dense` or `Conv`, Linen's or NNX's; not of `ConvTranspose` or `DenseGeneral`.
         bias: None for a layer without; it then needs the one returned here (`use_bias=True`).
         padding: that of the Conv, as Flax writes it; a Dense has none.
@@ -145,7 +99,7 @@ def fold(
             `normalization._replace(shift=jnp.zeros_like(normalization.shift))`, and keep `f(x) - shift`.
 
     Examples:
-        >>> kernel, bias = fold(Normalization(jnp.array([2.0, 3.0]), jnp.array([0.5, 1.0])), jnp.ones((2, 1)))
+        >>> kernel, bias = fold(FactorAndShift(jnp.array([2.0, 3.0]), jnp.array([0.5, 1.0])), jnp.ones((2, 1)))
         >>> kernel[:, 0].tolist(), bias.tolist()
         ([2.0, 3.0], [-4.0])
     """
@@ -199,16 +153,3 @@ def _pads_with_zeros(padding: Padding | None, window: Sequence[int]) -> bool:
             raise ValueError(f"unknown padding {padding!r}; expected numbers or one of {', '.join(_PADS_WITH_ZEROS)}")
         return _PADS_WITH_ZEROS[padding]
     return any(side != 0 for side in jax.tree.leaves(padding))
-
-
-def _variable(layer: linen.ANAct, collection: str, name: str) -> Array:
-    value: Array | None = None if layer.scope is None else layer.get_variable(collection, name)
-    if value is None:
-        wanted = ", ".join(
-            f"{kind!r}: ..." for kind in (layer.collection, *(["params"] if Form.parse(layer.form).learned else []))
-        )
-        raise ValueError(
-            f"{type(layer).__name__} has no {collection}/{name}: a Linen layer must be bound to its own variables, "
-            f"layer.bind({{{wanted}}}), each as it stands in the model's under the layer's name"
-        )
-    return value

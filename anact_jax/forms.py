@@ -125,7 +125,9 @@ def form_of(form: Form | str | None = None, **options: Any) -> Form:
     if not isinstance(form, Standardized | Published):
         raise TypeError(f"form must be Standardized(...), Published(...), 'default' or 'published', got {form!r}")
     if built not in (Standardized(), form):
-        given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value != getattr(Standardized, name))
+        given = ", ".join(
+            f"{name}={value!r}" for name, value in options.items() if value != getattr(Standardized, name)
+        )
         raise ValueError(f"{given} beside form={form}: give the options to the form, or leave the form out")
     return form
 

@@ -9,9 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.polynomial.legendre import leggauss
 
-from anact_jax.tracing import Activation, traced, value_and_slope, while_tracing, wide_dtype
 from anact_jax.statistics import Stats
-
+from anact_jax.tracing import Activation, traced, value_and_slope, while_tracing, wide_dtype
 
 _REACH = 10.0  # standard deviations on each side; beyond lies 2e-23 of the mass
 _PANELS, _IN_PANEL = 128, 8  # on either side of 0
@@ -92,14 +91,14 @@ def under_normal(
 
 def _nodes(mean: Array, std: Array) -> tuple[Array, Array]:
     """Nodes on the standard normal's axis, on a last axis, and weights: panels on either side of x = 0."""
-    at, weights = leggauss(_IN_PANEL)
+    at, share = leggauss(_IN_PANEL)
     left = np.arange(_PANELS)[:, None]
 
     def at_nodes(values: np.ndarray) -> Array:  # the same on both sides
         return jnp.asarray(np.tile(values.ravel(), 2), mean.dtype).reshape((1,) * (mean.ndim - 1) + (-1,))
 
     nodes = at_nodes((left + (at + 1) / 2) / _PANELS)
-    weights = at_nodes(np.tile(weights / (2 * _PANELS), (_PANELS, 1)))
+    weights = at_nodes(np.tile(share / (2 * _PANELS), (_PANELS, 1)))
     right_side = jnp.arange(nodes.size).reshape(nodes.shape) >= nodes.size // 2
     zero = jnp.clip(-mean / std, -_REACH, _REACH)  # of x; all elementwise, which compiles several times as fast
     start, end = jnp.where(right_side, zero, -_REACH), jnp.where(right_side, _REACH, zero)

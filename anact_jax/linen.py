@@ -26,10 +26,10 @@ _updated: weakref.WeakKeyDictionary[Any, set[tuple[str, ...]]] = weakref.WeakKey
 class ANAct(nn.Module):
     """An activation normalized by the statistics of its batch, threaded like `nn.BatchNorm`.
 
-    `y = factor * (f(x) - shift)`, by default with mean 0 and deviation 0.5 in each channel; see `anact_jax.Standardized`.
-    In training factor and shift come from the batch, and running averages are kept in the collection `batch_stats`; in
-    inference they come from those averages. Before the first training batch the averages are those of `fn` under a
-    standard normal input.
+    `y = factor * (f(x) - shift)`, by default with mean 0 and deviation 0.5 in each channel; see
+    `anact_jax.Standardized`. In training factor and shift come from the batch, and running averages are kept in the
+    collection `batch_stats`; in inference they come from those averages. Before the first training batch the averages
+    are those of `fn` under a standard normal input.
 
     Initialize the weights before it with variance 1 / fan-in (LeCun, Flax's default). Do not use He initialization: the
     layer already applies the gain it compensates for.
@@ -181,8 +181,8 @@ class ANAct(nn.Module):
     def normalization(self) -> FactorAndShift:
         """Factor and shift of a bound layer in inference.
 
-        `layer.bind({"batch_stats": ...})` binds one, with what `model.init` and training put under the layer's name; of a
-        learned form its `"params"` too. Before training they are those of a standard normal input.
+        `layer.bind({"batch_stats": ...})` binds one, with what `model.init` and training put under the layer's name; of
+        a learned form its `"params"` too. Before training they are those of a standard normal input.
 
         Raises:
             ValueError: the layer is not bound to its variables.
@@ -255,7 +255,8 @@ class ANAct(nn.Module):
         if shape not in ((), features):
             raise ValueError(
                 f"{self._where} has statistics of shape {shape}, but its input has {features} features (axis "
-                f"{form.axis}); a layer serves one width: give each place a layer of its own, or share one with axis=None"
+                f"{form.axis}); a layer serves one width: give each place a layer of its own, or share one with "
+                "axis=None"
             )
         return state
 

@@ -87,9 +87,7 @@ class ANAct(nnx.Module):
         del rngs
         check_activation(fn, type(self).__name__)
         check_momentum(momentum)
-        self.form = form_of(
-            form, std=std, center=center, axis=axis, tempering=tempering, stop_gradient=stop_gradient
-        )
+        self.form = form_of(form, std=std, center=center, axis=axis, tempering=tempering, stop_gradient=stop_gradient)
         sizes = self._sizes(features)
         self.fn = fn if isinstance(fn, nnx.Module) else by_reference(fn)
         self.momentum = momentum

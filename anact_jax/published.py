@@ -1,14 +1,13 @@
 """The paper's rule (ANAct, arXiv 2208.13315): gains of an activation, and the factor that brings both near 1.
 
-Equations as in docs/explanation/method.md, "Derivation". The full text of the paper is not at hand; the learned correction
-follows its one public re-implementation (docs/explanation/fidelity.md).
+Equations as in docs/explanation/method.md, "Derivation". The full text of the paper is not at hand; the learned
+correction follows its one public re-implementation (docs/explanation/fidelity.md).
 """
 
 import dataclasses
 import math
 from typing import ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -45,6 +44,7 @@ def gains(stats: Stats, *, shift: Float[Array, "*features"] | float = 0.0) -> Ga
         ValueError: a moment is missing.
 
     Examples:
+        >>> import jax
         >>> from anact_jax.gaussian import gaussian_stats
         >>> [round(float(gain), 4) for gain in gains(gaussian_stats(jax.nn.relu))]
         [0.5, 0.5]
@@ -76,6 +76,7 @@ class Published:
         ValueError: epsilon is out of range.
 
     Examples:
+        >>> import jax
         >>> from anact_jax.gaussian import gaussian_stats
         >>> factor, shift = Published().factor_and_shift(gaussian_stats(jax.nn.relu))  # He's gain, sqrt(2)
         >>> round(float(factor), 4), float(shift)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from anact_jax.tracing import Activation, Constants, ExplicitActivation, traced, value_and_slope, wide_dtype
 from anact_jax.kernels import at_hand, sums
+from anact_jax.tracing import Activation, Constants, ExplicitActivation, traced, value_and_slope, wide_dtype
 
 
 class Stats(NamedTuple):
@@ -57,9 +57,7 @@ def require(stats: Stats, names: Sequence[str]) -> list[Array]:
     """
     missing = [name for name in names if getattr(stats, name) is None]
     if missing:
-        raise ValueError(
-            f"the statistics have no {', '.join(missing)}; measure them by activation_stats, or gains_on_batch of a model"
-        )
+        raise ValueError(f"the statistics have no {', '.join(missing)}; measure them on a batch, by activation_stats")
     return [getattr(stats, name) for name in names]
 
 
@@ -165,8 +163,8 @@ def activation_stats(
         f: any elementwise JAX function; each output may depend on its own input only. It may close over arrays, such as
             a learned slope, and is differentiated in them too.
         x: input of any shape.
-        axis: the feature axis, whose channels have statistics of their own, such as -1 for channels-last input; None for
-            one set a layer.
+        axis: the feature axis, whose channels have statistics of their own, such as -1 for channels-last input; None
+            for one set a layer.
         mask: broadcastable to x; elements where it is zero or False are left out, whatever they hold.
         axis_name: mapped axis or axes (of `pmap`, `vmap` or `shard_map`) that share the batch. The result is then
             exact over all of them, each shard weighted by its count.

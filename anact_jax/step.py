@@ -11,8 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from anact_jax.tracing import Activation, Constants, known, traced, while_tracing, wide_dtype
-from anact_jax.forms import Form, Standardized, form_of
+from anact_jax.forms import Form, form_of
 from anact_jax.gaussian import gaussian_stats
 from anact_jax.kernels import scaling
 from anact_jax.running import check_momentum, moved
@@ -28,6 +27,7 @@ from anact_jax.statistics import (
     sharded_as,
     shards_of,
 )
+from anact_jax.tracing import Activation, Constants, known, traced, while_tracing, wide_dtype
 
 _LARGEST = 1e15  # from here on, elements count as not finite
 
@@ -74,7 +74,7 @@ def normalize(
     return y.astype(x.dtype)
 
 
-def initial_stats(f: Activation, form: Form | str = Standardized(), shape: tuple[int, ...] = ()) -> Stats:
+def initial_stats(f: Activation, form: Form | str = "default", shape: tuple[int, ...] = ()) -> Stats:
     """Running statistics before the first batch: those of the form's function under a standard normal input.
 
     Args:
@@ -104,7 +104,7 @@ def anact(
     f: Activation,
     x: Float[Array, "*shape"],
     running: Stats,
-    form: Form | str = Standardized(),
+    form: Form | str = "default",
     *,
     momentum: ArrayLike = 0.9,
     use_running_average: bool = False,

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from anact_jax.tracing import Activation, permanent, wide_dtype
-from anact_jax.factors import Normalization
 from anact_jax.gaussian import gaussian_stats
-from anact_jax.statistics import Stats
+from anact_jax.statistics import FactorAndShift, Stats
+from anact_jax.tracing import Activation, permanent, wide_dtype
 
 Scalar: TypeAlias = Float[Array, ""] | float
 ByExample: TypeAlias = Float[Array, " examples"] | Scalar
@@ -26,9 +25,9 @@ ByExample: TypeAlias = Float[Array, " examples"] | Scalar
 _compiled_stats = jax.jit(gaussian_stats, static_argnums=0)  # once for all layers of an activation
 
 
-def plain(stats: Stats) -> Normalization:
+def plain(stats: Stats) -> FactorAndShift:
     """Factor 1 and shift 0, whatever the statistics: the `Layer.normalization` of a plain activation."""
-    return Normalization(jnp.ones_like(stats.var_in), jnp.zeros_like(stats.var_in))
+    return FactorAndShift(jnp.ones_like(stats.var_in), jnp.zeros_like(stats.var_in))
 
 
 def linear(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -46,7 +45,7 @@ class Layer(NamedTuple):
             the product of its strides.
         weight_var: E[W^2].
         normalization: the activation's statistics -> its factor and shift; for what `ANAct` does
-            in training, `anact_jax.normalization` with its options bound by `functools.partial`.
+            in training, `form.factor_and_shift`.
         bias_var: E[b^2].
         positions: places at which a convolution's weights are applied; 1 for a dense layer.
     """
@@ -55,7 +54,7 @@ class Layer(NamedTuple):
     fan_in: float
     fan_out: float
     weight_var: Scalar
-    normalization: Callable[[Stats], Normalization] = plain
+    normalization: Callable[[Stats], FactorAndShift] = plain
     bias_var: Scalar = 0.0
     positions: int = 1
 
@@ -71,7 +70,7 @@ class Elementwise(NamedTuple):
     """
 
     f: Activation
-    normalization: Callable[[Stats], Normalization] = plain
+    normalization: Callable[[Stats], FactorAndShift] = plain
 
 
 class Residual(NamedTuple):
@@ -119,8 +118,7 @@ def propagate(layers: Sequence[Element], *, input_sq: ByExample = 1.0, gradient_
     - `E[a'] = E[u] + E[v]` and `E[a'^2] = E[u^2] + E[v^2] + 2 E[u] E[v]`;
     - `E[(dL/da)^2]` is the sum of what the two paths make of `E[(dL/da')^2]`, each as if it were alone.
 
-    The mean over units, `E[a_l] = lambda_l (E[f(z_l)] - c_l)`, is what uncentered branches pile up. Of an odd f the
-    rule `exact` has two shifts of equal size, and each batch draws its sign anew, which no prediction can follow.
+    The mean over units, `E[a_l] = lambda_l (E[f(z_l)] - c_l)`, is what uncentered branches pile up.
 
     For convolutions that is without borders (circular padding), and for the weight gradient with
     dL/da uncorrelated between the places of the last layer's output. Factors and shifts are
@@ -148,14 +146,14 @@ def propagate(layers: Sequence[Element], *, input_sq: ByExample = 1.0, gradient_
         >>> variances = propagate([he] * 30)  # He's initialization keeps the variance of ReLU networks
         >>> [round(float(value), 3) for value in (variances.signal[0], variances.signal[29])]
         [2.0, 2.0]
-        >>> import functools
-        >>> from anact_jax import normalization
-        >>> exact = functools.partial(normalization, form="exact")
-        >>> lecun = Layer(jax.nn.swish, fan_in=500, fan_out=500, weight_var=1 / 500, normalization=exact)
-        >>> [round(float(variance), 3) for variance in propagate([lecun] * 30).weight_gradient[::10]]
+        >>> from anact_jax import Standardized
+        >>> unit = Standardized(std=1.0).factor_and_shift
+        >>> lecun = Layer(jax.nn.swish, fan_in=500, fan_out=500, weight_var=1 / 500, normalization=unit)
+        >>> [round(float(variance), 3) for variance in propagate([lecun] * 30).signal[::10]]
         [1.0, 1.0, 1.0]
-        >>> block = Residual([Elementwise(jax.nn.relu), lecun._replace(f=linear)])  # x + W relu(x): half as much again
-        >>> [round(float(value), 3) for value in propagate([lecun._replace(f=linear), block, block]).gradient]
+        >>> weights = Layer(linear, fan_in=500, fan_out=500, weight_var=1 / 500)
+        >>> block = Residual([Elementwise(jax.nn.relu), weights])  # x + W relu(x): half as much again
+        >>> [round(float(value), 3) for value in propagate([weights, block, block]).gradient]
         [2.25, 1.5, 1.0]
     """
     every = _layers(layers)
