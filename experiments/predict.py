@@ -1,12 +1,11 @@
 """Classifies images with a trained network. See `python experiments/predict.py --help`."""
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from experiments.cli import BAD_SETTINGS, FAILED, fail
+from experiments.cli import BAD_SETTINGS, FAILED, fail, run_program, settings_of
 
 # isort: split
 
@@ -17,7 +16,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 from tyro.conf import Positional, arg
@@ -61,7 +59,7 @@ class PredictConfig:
 def main() -> int:
     """Runs the program and returns its exit status."""
     silence_orbax()
-    config = tyro.cli(PredictConfig)
+    config = settings_of(PredictConfig)
     try:
         config.check()
         run = load_run(config.workdir, best=config.best)
@@ -153,4 +151,4 @@ def _batches(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)
