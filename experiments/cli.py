@@ -67,6 +67,8 @@ def _replace_handler(old: Callable[..., Any], new: Callable[..., Any]) -> None:
 
 if Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().is_relative_to(Path(__file__).parent):
     _replace_handler(signal.default_int_handler, _leave)
+if "__mp_main__" in sys.modules:  # in a worker, to which a terminal sends Ctrl-C too; its program ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def fail(message: str, status: int) -> int:
@@ -95,13 +97,18 @@ def settings_of(kind: type[Settings]) -> Settings:
     return at_home(tyro.cli(kind))
 
 
+def with_home(path: Path) -> Path:
+    """The path with the home folder for a `~` that begins it, as the shell leaves it in `--workdir=~/runs`."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (as the shell does, leaves what is no user)
+
+
 def at_home(settings: Settings) -> Settings:
-    """The same with the home folder for a `~` that begins a path, as the shell leaves it in `--workdir=~/runs`."""
+    """The same settings, with each path as `with_home` has it."""
 
     def expanded(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(expanded, value))
-        return Path(os.path.expanduser(value)) if isinstance(value, Path) else value  # noqa: PTH111 raises without a home
+        return with_home(value) if isinstance(value, Path) else value
 
     return dataclasses.replace(settings, **{name: expanded(value) for name, value in vars(settings).items()})  # type: ignore[type-var]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, by_group, fail, run_program, say
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, by_group, fail, run_program, say, with_home
 
 # isort: split
 
@@ -201,7 +201,7 @@ def parse(arguments: Sequence[str]) -> Experiment:
     check_name("recipe", recipe, RECIPES)
     config = RECIPES[recipe].config
     if start.config is not None:
-        config = dataclasses.replace(read_experiment(start.config.expanduser()), workdir=None)
+        config = dataclasses.replace(read_experiment(with_home(start.config)), workdir=None)
     description = (
         f"{inspect.getdoc(Experiment)}\n\n--config FILE starts from the settings that a run wrote, in its {SETTINGS}. "
         f"--recipe NAME starts from those of {', '.join(RECIPES)}; with --help it says what to expect. These are the "

@@ -1,6 +1,8 @@
 """The training program, killed, asked to stop, or with its disk full, and started again with the same command."""
 
+import fcntl
 import os
+import pty
 import random
 import resource
 import shutil
@@ -8,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -45,14 +48,13 @@ def environment(tmp_path_factory):
 def start(environment):
     """Starts the training program in a folder."""
 
-    def start(workdir, *arguments, devices=1):
+    def start(workdir, *arguments, devices=1, **options):
         command = [sys.executable, str(ROOT / "experiments" / "train_resnet.py"), *SETTINGS]
         return subprocess.Popen(
             [*command, "--workdir", str(workdir), *arguments],
             env=environment | {"JAX_NUM_CPU_DEVICES": str(devices)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
+            **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options),
         )
 
     return start
@@ -152,6 +154,39 @@ def test_a_full_disk_is_seen_and_what_was_saved_is_whole(start, whole, tmp_path)
     assert f"train_resnet.py: cannot write a checkpoint to {tmp_path}/checkpoints (" in err.splitlines()[-1]
     assert saved_steps(tmp_path)[-1] == step
     finish(start(tmp_path))
+    check_the_same(tmp_path, whole)
+
+
+def test_full_log_is_one_line(start, whole, tmp_path):
+    stopped_after(3, tmp_path, start(tmp_path))
+    log = tmp_path / "metrics.jsonl"
+    log.unlink()
+    log.symlink_to("/dev/full")
+    _, err = finish(start(tmp_path), status=1)
+    expected = f"train_resnet.py: OSError: [Errno 28] No space left on device; what was measured is in {tmp_path}"
+    assert err.splitlines()[-1] == expected
+    assert [line for line in err.splitlines() if "rror" in line] == [expected]
+    log.unlink()
+    finish(start(tmp_path))
+    check_the_same(tmp_path, whole)
+
+
+def test_closed_terminal_saves(start, whole, tmp_path):
+    """The program leads a session whose terminal goes away, and with it all that it could write to."""
+    terminal, its_end = pty.openpty()
+
+    def lead_session():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = start(tmp_path, stdin=its_end, stdout=its_end, stderr=its_end, preexec_fn=lead_session)
+    os.close(its_end)
+    until(lambda: (saved_steps(tmp_path) or [0])[-1] >= 3, process)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 75
+    step = saved_steps(tmp_path)[-1]
+    _, err = finish(start(tmp_path))
+    assert f"going on from step {step} in {tmp_path}" in err
     check_the_same(tmp_path, whole)
 
 

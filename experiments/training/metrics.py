@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import socket
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,8 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
 
 Record: TypeAlias = dict[str, Any]
 
@@ -32,7 +33,7 @@ class MetricsLog:
             old.unlink()
         with contextlib.ExitStack() as opened:
             self._lines = opened.enter_context((workdir / "metrics.jsonl").open("w"))
-            self._events = opened.enter_context(_Events(workdir))
+            self._events = opened.enter_context(contextlib.closing(_Events(workdir)))
             for record in records:
                 self.write(**record)
             self._opened = opened.pop_all()
@@ -42,7 +43,7 @@ class MetricsLog:
         self._lines.write(to_json({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            self._events.write(summary.scalar(name.replace("_", "/", 1), value), step)
+            self._events.add(step=step, summary=summary.scalar(name.replace("_", "/", 1), value))
         self._events.flush()
 
     def __enter__(self) -> "MetricsLog":
@@ -54,23 +55,16 @@ class MetricsLog:
         self._opened.close()
 
 
-class _Events(EventsWriter):  # type: ignore[misc]
+class _Events(RecordWriter):  # type: ignore[misc]
     """TensorBoard events, written at once: `SummaryWriter` has a thread write them, whose errors cannot be caught."""
 
     def __init__(self, workdir: Path, suffix: str = "") -> None:
-        super().__init__(str(workdir / "events"), suffix)
+        super().__init__(str(workdir / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}{suffix}"))
+        self.add(file_version="brain.Event:2")
 
-    def write(self, what: Any, step: int = 0) -> None:
-        """Adds a summary."""
-        self.write_event(Event(wall_time=time.time(), step=step, summary=what))
-
-    def __enter__(self) -> "_Events":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def add(self, **what: Any) -> None:
+        """Adds an event."""
+        self.write(Event(wall_time=time.time(), **what).SerializeToString())
 
 
 class Unheard:
@@ -82,9 +76,9 @@ class Unheard:
 
 def show_pictures(workdir: Path, *pictures: Path) -> None:
     """Puts pictures into the run's TensorBoard events."""
-    with _Events(workdir, ".pictures") as events:
+    with contextlib.closing(_Events(workdir, ".pictures")) as events:
         for picture in pictures:
-            events.write(summary.image(picture.stem, plt.imread(picture)[..., :3], dataformats="HWC"))
+            events.add(summary=summary.image(picture.stem, plt.imread(picture)[..., :3], dataformats="HWC"))
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
