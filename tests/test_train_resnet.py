@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from experiments.networks.mlp import MLP
 from experiments.recipes import RECIPES
 from experiments.training.loop import DivergenceError, train
 from experiments.training.metrics import MetricsLog, draw_learning_curves, read_metrics
+from experiments.training.processes import only_process_in
 from experiments.training.steps import create_state, make_eval_step, make_optimizer, make_steps, make_train_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -99,6 +101,14 @@ def test_a_finished_run_is_not_overwritten(tmp_path, run_main):
     assert status == 2
     assert "holds a run already; give another --workdir" in output.err
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_run_of_another_process_is_left_alone(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(train_resnet, "only_process_in", functools.partial(only_process_in, patience=0.0))
+    with only_process_in(tmp_path):
+        message = f"another process trains in {tmp_path}; wait until it ends, or give another --workdir"
+        refused(train_resnet, "--no-compare", "--workdir", tmp_path, message=message)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_help_explains_every_setting(capsys, run_main):
