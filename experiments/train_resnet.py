@@ -7,7 +7,7 @@ import datetime
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,15 @@ def run(
     with contextlib.ExitStack() as held:
         try:
             config.check()
-            config = dataclasses.replace(config, workdir=find_workdir(config))
+            workdir = find_workdir(config)
+            config = dataclasses.replace(config, workdir=workdir)
             connect(config)
             dataset = config.load_data()
             check_devices(config.batch_size)
             model = make_network(config, dataset)
             if config.process == 0:
-                held.enter_context(prepare_workdir(config))
+                held.enter_context(only_process_in(workdir))
+                prepare_workdir(find_workdir(config), config)  # the process before may have left another run there
         except (DataError, ValueError, OSError) as error:
             return fail(str(error), BAD_SETTINGS)
         return _train(config, dataset, model, stop, part_of=part_of, beside=beside)
@@ -237,22 +239,16 @@ def find_workdir(config: Experiment) -> Path:
     return workdir
 
 
-@contextlib.contextmanager
-def prepare_workdir(config: Experiment) -> Iterator[None]:
-    """Makes the folder, keeps other processes out, and writes the settings there, whole or not at all.
+def prepare_workdir(workdir: Path, config: Experiment) -> None:
+    """Makes the folder and writes the settings there, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
-        ValueError: another process is at work there, or was, and left another run.
     """
-    assert config.workdir is not None
-    config.workdir.mkdir(parents=True, exist_ok=True)
-    with only_process_in(config.workdir):
-        workdir = find_workdir(config)
-        unfinished = workdir / f"{SETTINGS}.part"
-        unfinished.write_text(config.to_json())
-        unfinished.rename(workdir / SETTINGS)
-        yield
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished = workdir / f"{SETTINGS}.part"
+    unfinished.write_text(config.to_json())
+    unfinished.rename(workdir / SETTINGS)
 
 
 def gains_at(error: BadStepError, model: nn.Module, dataset: Dataset, config: Experiment) -> str:

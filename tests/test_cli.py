@@ -1,5 +1,6 @@
 """What all programs share: how they end, and what they make of a path."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from experiments.config import read_experiment
 from experiments.predict import PredictConfig
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 IMPORTS_INTERRUPTED = """
 import runpy, signal, sys
 class CtrlC:
@@ -53,6 +55,16 @@ def main():
     return 0
 run_program(main)
 """
+WITH_A_WORKER = """
+import experiments.cli
+import multiprocessing, signal
+def work():
+    print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=work)
+    worker.start()
+    worker.join()
+"""
 IGNORED = """
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 from experiments.cli import run_program
@@ -84,6 +96,14 @@ def test_ctrl_c_during_imports(program):
 )
 def test_ctrl_c_is_one_line(program, out):
     assert ended(program) == (130, out, "x.py: interrupted\n")
+
+
+def test_workers_leave_ctrl_c_to_their_program(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(WITH_A_WORKER)
+    command = [sys.executable, str(program)]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "True\n", "")
 
 
 def test_ignored_ctrl_c_stays_ignored():

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import functools
 import json
@@ -109,6 +110,18 @@ def test_run_of_another_process_is_left_alone(tmp_path, monkeypatch, refused):
         message = f"another process trains in {tmp_path}; wait until it ends, or give another --workdir"
         refused(train_resnet, "--no-compare", "--workdir", tmp_path, message=message)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_another_run_left_meanwhile_is_kept(tmp_path, monkeypatch, refused):
+    @contextlib.contextmanager
+    def wait_for_another(workdir):
+        train_resnet.prepare_workdir(workdir, Experiment(model="mlp5", seed=1))
+        yield
+
+    monkeypatch.setattr(train_resnet, "only_process_in", wait_for_another)
+    arguments = ("--no-compare", "--model", "mlp5", "--workdir", tmp_path)
+    refused(train_resnet, *arguments, message="holds a run with other settings")
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 
 def test_help_explains_every_setting(capsys, run_main):
@@ -353,7 +366,6 @@ def test_a_whole_number_is_a_number(tmp_path):
 
 def test_what_a_run_wrote_is_where_settings_start(tmp_path):
     config = Experiment(activation="ntanh", form="published", epochs=3, workdir=tmp_path, data_dir=tmp_path)
-    with train_resnet.prepare_workdir(config):
-        pass
+    train_resnet.prepare_workdir(tmp_path, config)
     found = train_resnet.parse(["--config", str(tmp_path / "config.json"), "--seed", "3"])
     assert found == dataclasses.replace(config, form="mean", workdir=None, seed=3)

@@ -35,7 +35,7 @@ def connect(config: Experiment) -> None:
 
 @contextlib.contextmanager
 def only_process_in(workdir: Path, patience: float = _PATIENCE) -> Iterator[None]:
-    """Keeps other processes from writing into a folder; it is free again when this one ends, however that ends.
+    """Makes a folder and keeps other processes out of it; it is free again when this one ends, however that ends.
 
     Where another one has it, waits for its end. Where the file system has no locks, says so and goes on.
 
@@ -43,6 +43,7 @@ def only_process_in(workdir: Path, patience: float = _PATIENCE) -> Iterator[None
         ValueError: the other one goes on.
         OSError: the folder cannot be written.
     """
+    workdir.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + patience
     with (workdir / "lock").open("w") as lock:
         while True:
