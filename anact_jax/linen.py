@@ -87,8 +87,8 @@ class ANAct(nn.Module):
             if any(kind.__module__.startswith("flax.nnx") for kind in type(self.fn).__mro__):
                 name = type(self).__name__
                 raise TypeError(
-                    f"fn of {name}, a Linen layer, is the NNX module {type(self.fn).__name__}, whose parameters would not "
-                    f"learn; take a Linen module such as nn.PReLU(), or anact_jax.nnx.{name}"
+                    f"fn of {name}, a Linen layer, is the NNX module {type(self.fn).__name__}, whose parameters would "
+                    f"not learn; take a Linen module such as nn.PReLU(), or anact_jax.nnx.{name}"
                 )
             object.__setattr__(self, "fn", shared(self.fn))
         super().__post_init__()
