@@ -448,7 +448,7 @@ def _joined(values: Sequence[Array]) -> Array:
 def _placed(value: Array, spec: tuple[Any, ...]) -> Array:
     """The same value, sharded so: features may be, under a partly manual `shard_map` on an Explicit mesh."""
     sharding = jax.typeof(value).sharding
-    if tuple(sharding.spec) == spec:
+    if sharding.mesh.empty or tuple(sharding.spec) == spec:
         return value
     placed: Array = jax.sharding.reshard(value, sharding.update(spec=spec))
     return placed
