@@ -1,15 +1,20 @@
-"""What the programs share at the command line."""
+"""What the programs share at the command line. Each imports it first: from then on Ctrl-C ends it with one line."""
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import itertools
+import os
+import signal
 import sys
 import textwrap
+import threading
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import FrameType
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
@@ -20,6 +25,51 @@ Settings = TypeVar("Settings")
 # goes on: EX_TEMPFAIL of sysexits.h, "try again later", which a process that SIGTERM simply ended does not return.
 BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED = 2, 1, 130, 75
 _PICTURES = (".png", ".pdf", ".svg", ".jpg", ".webp")
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with the exit status of `main`; Ctrl-C ends it with one line, whenever it comes.
+
+    In `main` it raises KeyboardInterrupt, so that what was measured can be kept. Where Python can only report an
+    exception and goes on, as in a destructor, it is raised a moment later.
+    """
+    report = sys.unraisablehook
+
+    def report_or_raise_later(problem: Any) -> None:
+        if isinstance(problem.exc_value, KeyboardInterrupt):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            report(problem)
+
+    sys.unraisablehook = report_or_raise_later
+    try:
+        _replace_handler(_leave, signal.default_int_handler)
+        status = main()
+    except KeyboardInterrupt:
+        status = fail("interrupted", INTERRUPTED)
+    finally:
+        _replace_handler(signal.default_int_handler, _leave)
+    sys.exit(status)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Takes Ctrl-C outside `main`: while modules are imported, and when all is done."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        say("interrupted")
+    os._exit(INTERRUPTED)
+
+
+def _replace_handler(old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Of SIGINT, unless it is another: a shell has jobs in the background ignore it."""
+    if signal.getsignal(signal.SIGINT) is old:
+        signal.signal(signal.SIGINT, new)
+
+
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().is_relative_to(Path(__file__).parent):
+    _replace_handler(signal.default_int_handler, _leave)
+if "__mp_main__" in sys.modules:  # in a worker, to which a terminal sends Ctrl-C too; its program ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def fail(message: str, status: int) -> int:
@@ -75,6 +125,27 @@ def table_row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def settings_of(kind: type[Settings]) -> Settings:
+    """The settings at the command line."""
+    return at_home(tyro.cli(kind))
+
+
+def with_home(path: Path) -> Path:
+    """The path with the home folder for a `~` that begins it, as the shell leaves it in `--workdir=~/runs`."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (as the shell does, leaves what is no user)
+
+
+def at_home(settings: Settings) -> Settings:
+    """The same settings, with each path as `with_home` has it."""
+
+    def expanded(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(expanded, value))
+        return with_home(value) if isinstance(value, Path) else value
+
+    return dataclasses.replace(settings, **{name: expanded(value) for name, value in vars(settings).items()})  # type: ignore[type-var]
+
+
 def by_group(
     default: Settings, groups: Mapping[str, Sequence[str]], arguments: Sequence[str], description: str
 ) -> Settings:
@@ -102,7 +173,7 @@ def by_group(
     settings: Settings = kind(
         **{name: value for title in groups for name, value in vars(getattr(found, title)).items()}
     )
-    return settings
+    return at_home(settings)
 
 
 def _documented(kind: type) -> dict[str, str]:

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import typing
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Annotated, Any, TypeVar
 
 from tyro.conf import arg
 
 from anact_jax import ACTIVATIONS, RULES, Form
 from anact_jax.closed import BEHIND_BATCH_NORM, check_closed
+from experiments.cli import at_home
 from experiments.data import DATASETS, Augmentation, Dataset, load, with_subset
 from experiments.networks import BEHIND, INITS, MODELS, NORMS, STEMS, ActivationName, check_name
 
@@ -101,6 +103,9 @@ class Data(Settings):
                 half=self.half,
                 pool=self.pool,
             )
+        height, width, _ = dataset.train.shape
+        if self.cutout > max(height, width):
+            raise ValueError(f"cutout {self.cutout} is larger than the images, {height}x{width}")
         return dataset
 
     def augmentation(self, dataset: Dataset) -> Augmentation:
@@ -372,14 +377,42 @@ def read_experiment(path: Path) -> Experiment:
     """The settings that a run wrote, as it ran; arguments and errors as for `read_settings`.
 
     Raises:
-        ValueError: they are not settings of this program.
+        ValueError: they are not settings of this program, or one is not what it has to be.
     """
     settings = with_added(read_settings(path))
     unknown = settings.keys() - {field.name for field in dataclasses.fields(Experiment)}
     if unknown:
         raise ValueError(f"{path} has settings that this program does not know: {', '.join(sorted(unknown))}")
-    folders = {name: Path(settings[name]) for name in ("data_dir", "workdir") if settings.get(name)}
-    return Experiment(**{name: value for name, value in settings.items() if value is not None} | folders)
+    without = {name for name in ("form", "behind") if settings.get(name) is None}  # they have no effect
+    kinds = typing.get_type_hints(Experiment)
+    try:
+        found = {name: _from_json(name, settings[name], kinds[name]) for name in settings.keys() - without}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return at_home(Experiment(**found))
+
+
+_EXPECTED = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    Path: "a folder, as text",
+    NoneType: "null",
+}
+
+
+def _from_json(name: str, value: Any, kind: Any) -> Any:
+    """A setting of this kind, which may be a union; ValueError, naming it, where the value is of another."""
+    kinds = typing.get_args(kind) or (kind,)
+    if type(value) in kinds:
+        return value
+    if Path in kinds and isinstance(value, str):
+        return Path(value)
+    if float in kinds and type(value) is int:
+        return float(value)
+    expected = " or ".join(_EXPECTED[one] for one in kinds)
+    raise ValueError(f"{name} must be {expected}, got {json.dumps(value)}")
 
 
 def check_positive(name: str, value: int | float) -> None:

@@ -1,16 +1,24 @@
 """Variance of signals and gradients by layer in finished runs. See `python experiments/inspect_runs.py --help`."""
 
 import dataclasses
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.cli import BAD_SETTINGS, FAILED, check_picture, fail, printable, say, usual_picture
+from experiments.cli import (
+    BAD_SETTINGS,
+    FAILED,
+    check_picture,
+    fail,
+    printable,
+    run_program,
+    say,
+    settings_of,
+    usual_picture,
+)
 
 # isort: split
 
 import jax
-import tyro
 from tyro.conf import Positional
 
 from anact_jax.diagnostics import LayerVariances, table
@@ -42,7 +50,7 @@ class Config:
 def main() -> int:
     """Runs the program and returns its exit status."""
     silence_orbax()
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     try:
         check_positive("images", config.images)
         if not config.workdirs:
@@ -91,4 +99,4 @@ def layer_variances(run: Run, images: int) -> dict[str, tuple[LayerVariances, ..
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

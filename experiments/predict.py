@@ -2,12 +2,21 @@
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from experiments.cli import BAD_SETTINGS, FAILED, check_picture, fail, printable, say, usual_picture
+from experiments.cli import (
+    BAD_SETTINGS,
+    FAILED,
+    check_picture,
+    fail,
+    printable,
+    run_program,
+    say,
+    settings_of,
+    usual_picture,
+)
 
 # isort: split
 
@@ -18,7 +27,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tyro.conf import Positional, arg
@@ -74,7 +82,7 @@ class PredictConfig:
 def main() -> int:
     """Runs the program and returns its exit status."""
     silence_orbax()
-    config = tyro.cli(PredictConfig)
+    config = settings_of(PredictConfig)
     try:
         config.check()
         run = load_run(config.workdir, data_dir=config.data_dir, best=config.best)
@@ -230,4 +238,4 @@ def _batches(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -17,11 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail, run_program, settings_of
 
 # isort: split
 
-import tyro
 from tyro.conf import Positional, arg
 
 from experiments.data import DATASETS, DataError
@@ -60,7 +59,7 @@ class Config:
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     if config.name not in DATASETS:
         return fail(f"name must be one of {', '.join(DATASETS)}, got {config.name}", BAD_SETTINGS)
     if config.name in WITHOUT_FILES:
@@ -189,4 +188,4 @@ def _workspace(folder: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, by_group, fail, say
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, by_group, fail, run_program, say, with_home
 
 # isort: split
 
@@ -22,6 +22,7 @@ from anact_jax.plots import draw
 from experiments.config import SETTINGS, Data, Experiment, Network, Recipe, read_experiment, read_settings
 from experiments.data import DataError, Dataset, first_examples, training_batches
 from experiments.data.sets import one_line
+from experiments.folders import check_writable_name
 from experiments.networks import ActivationName, check_name
 from experiments.networks.build import check_devices, make_network
 from experiments.recipes import RECIPES
@@ -30,7 +31,7 @@ from experiments.training.comparison import draw_comparison
 from experiments.training.gains import gains_of, worst_gains
 from experiments.training.loop import BadStepError, PreemptedError, first_state, train
 from experiments.training.metrics import MetricsLog, Unheard, draw_learning_curves, read_evaluations, show_pictures
-from experiments.training.processes import StopSignal, connect
+from experiments.training.processes import StopSignal, connect, only_process_in
 from experiments.training.steps import make_steps
 
 GAIN_IMAGES = 256  # test images, at most, on which gains are measured
@@ -92,18 +93,35 @@ def run(
         part_of: the run whose command goes on with this one; by default itself.
         beside: a run that has ended, to be drawn in one picture with this one.
     """
-    try:
-        config.check()
-        workdir = find_workdir(config)
-        connect(config)
-        dataset = config.load_data()
-        check_devices(config.batch_size)
-        model = make_network(config, dataset)
-        if config.process == 0:
-            prepare_workdir(workdir, config)
-    except (DataError, ValueError, OSError) as error:
-        return fail(str(error), BAD_SETTINGS)
+    with contextlib.ExitStack() as held:
+        try:
+            config.check()
+            workdir = find_workdir(config)
+            config = dataclasses.replace(config, workdir=workdir)
+            connect(config)
+            dataset = config.load_data()
+            check_devices(config.batch_size)
+            model = make_network(config, dataset)
+            if config.process == 0:
+                held.enter_context(only_process_in(workdir))
+                prepare_workdir(find_workdir(config), config)  # the process before may have left another run there
+        except (DataError, ValueError, OSError) as error:
+            return fail(str(error), BAD_SETTINGS)
+        return _train(config, dataset, model, stop, part_of=part_of, beside=beside)
 
+
+def _train(
+    config: Experiment,
+    dataset: Dataset,
+    model: nn.Module,
+    stop: StopSignal,
+    *,
+    part_of: Experiment | None,
+    beside: Experiment | None,
+) -> int:
+    """What `run` does once the folder is its own."""
+    workdir = config.workdir
+    assert workdir is not None
     try:
         with Checkpoints(workdir, config) as checkpoints:
             steps = make_steps(model, config, dataset)
@@ -126,8 +144,8 @@ def run(
     except BadStepError as error:
         where = gains_at(error, model, dataset, config)
         status = fail(f"{error}; {where}; what was measured is in {workdir}", FAILED)
-    except (CheckpointError, DataError, jax.errors.JaxRuntimeError) as error:
-        message = one_line(error) if isinstance(error, jax.errors.JaxRuntimeError) else str(error)
+    except (CheckpointError, DataError, OSError, jax.errors.JaxRuntimeError) as error:
+        message = str(error) if isinstance(error, CheckpointError | DataError) else one_line(error)
         hint = "is another process gone? Start all again, with the same commands; " if config.processes > 1 else ""
         status = fail(f"{message}; {hint}what was measured is in {workdir}", FAILED)
         if config.processes > 1:
@@ -142,18 +160,22 @@ def run(
         status = 0
     if config.process > 0:
         return status
-    draw_learning_curves(workdir)
-    if status == 0:
-        pictures = workdir / "learning_curves.png", workdir / "gains.png"
-        draw({"trained": gains(state.evaluated)}).savefig(pictures[1], dpi=120)
-        show_pictures(workdir, *pictures)
-        print(f"pictures: {pictures[0]}, {pictures[1]}")
-        if beside is not None:
-            both, picture = (beside, dataclasses.replace(config, workdir=workdir)), workdir / "comparison.png"
-            draw_comparison(both, dataset, picture)
-            print(f"{beside.activation}: {accuracy_of(beside)}, {config.activation}: {accuracy:.4f}; both: {picture}")
-        if part_of is None:
-            print(f"test_accuracy={accuracy:.4f} workdir={workdir}")
+    try:
+        draw_learning_curves(workdir)
+        if status == 0:
+            pictures = workdir / "learning_curves.png", workdir / "gains.png"
+            draw({"trained": gains(state.evaluated)}).savefig(pictures[1], dpi=120)
+            show_pictures(workdir, *pictures)
+            print(f"pictures: {pictures[0]}, {pictures[1]}")
+            if beside is not None:
+                picture = workdir / "comparison.png"
+                draw_comparison((beside, config), dataset, picture)
+                accuracies = f"{beside.activation}: {accuracy_of(beside)}, {config.activation}: {accuracy:.4f}"
+                print(f"{accuracies}; both: {picture}")
+            if part_of is None:
+                print(f"test_accuracy={accuracy:.4f} workdir={workdir}")
+    except OSError as error:  # nothing was measured, or the disk is full, of which one line is enough
+        return status or fail(f"cannot draw the results in {workdir} ({one_line(error)})", FAILED)
     return status
 
 
@@ -168,24 +190,27 @@ def parse(arguments: Sequence[str]) -> Experiment:
     """The settings at the command line; those not given are those of `--recipe NAME` or of `--config FILE`.
 
     Raises:
-        ValueError: no recipe has this name, or the file does not hold settings.
+        ValueError: no recipe has this name, the file does not hold settings, or both are given.
         OSError: the file cannot be read.
     """
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--recipe", default="digits")
+    before.add_argument("--recipe")
     before.add_argument("--config", type=Path)
     start, rest = before.parse_known_args(arguments)
-    check_name("recipe", start.recipe, RECIPES)
-    config = RECIPES[start.recipe].config
+    if start.recipe is not None and start.config is not None:
+        raise ValueError("--recipe and --config both say where the settings start; give one of them")
+    recipe = start.recipe or "digits"
+    check_name("recipe", recipe, RECIPES)
+    config = RECIPES[recipe].config
     if start.config is not None:
-        config = dataclasses.replace(read_experiment(start.config), workdir=None)
+        config = dataclasses.replace(read_experiment(with_home(start.config)), workdir=None)
     description = (
         f"{inspect.getdoc(Experiment)}\n\n--config FILE starts from the settings that a run wrote, in its {SETTINGS}. "
         f"--recipe NAME starts from those of {', '.join(RECIPES)}; with --help it says what to expect. These are the "
-        f"settings of {start.config or start.recipe}."
+        f"settings of {start.config or recipe}."
     )
     if start.config is None:
-        description += f"\n\n{start.recipe}: {RECIPES[start.recipe]}"
+        description += f"\n\n{recipe}: {RECIPES[recipe]}"
     return by_group(config, _groups(), rest, description)
 
 
@@ -202,10 +227,11 @@ def find_workdir(config: Experiment) -> Path:
     """The folder for results, which may be new, or hold this run already.
 
     Raises:
-        ValueError: it holds another run.
+        ValueError: it holds another run, or can hold none.
     """
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     workdir = config.workdir or Path("runs", f"{config.model}-{config.activation}-{now}")
+    check_writable_name(workdir)
     if (workdir / SETTINGS).exists():
         config.check_same_run(read_settings(workdir), workdir)
     elif (workdir / "metrics.jsonl").exists():
@@ -241,4 +267,4 @@ def gains_at(error: BadStepError, model: nn.Module, dataset: Dataset, config: Ex
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

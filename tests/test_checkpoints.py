@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -16,12 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from oracles import ALL_MOMENTS
 from test_train_resnet import DATASET, config, small_model
 
-from experiments import train_resnet
+from experiments import folders, train_resnet
 from experiments.data import training_batches
 from experiments.data.pipeline import standardize
 from experiments.training.checkpoints import CheckpointError, Checkpoints, Position, silence_orbax
 from experiments.training.loop import BadStepError, PreemptedError, evaluate, first_state, train
-from experiments.training.metrics import MetricsLog, read_metrics
+from experiments.training.metrics import MetricsLog, draw_learning_curves, read_evaluations, read_metrics
 from experiments.training.steps import make_steps
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -126,6 +127,77 @@ def test_the_last_and_the_best_are_kept(steps, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["widths=[64,64]", "[!a]", "a*b", "a?b", "50% of", "größer"])
+def test_folders_of_any_name(name, steps, tmp_path):
+    state = first_state(steps, SETTINGS)
+    for folder in (name, "aXb"):
+        with Checkpoints(tmp_path / folder, SETTINGS) as checkpoints:
+            checkpoints.save(Position(state, step=len(folder)))
+    with Checkpoints(tmp_path / name, SETTINGS, read_only=True) as checkpoints:
+        found = checkpoints.restore(first_state(steps, SETTINGS), pytest.fail)
+    assert found.step == len(name)
+    chex.assert_trees_all_equal(found.state, state)
+
+
+def test_first_checkpoint_is_read_back(steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders.PosixGPath, "glob", folders._find)  # as Orbax has it: the brackets are a pattern
+    state = first_state(steps, SETTINGS)
+    with (
+        pytest.raises(CheckpointError, match=r"checkpoints/2 cannot be read back \(ValueError: NOT_FOUND"),
+        Checkpoints(tmp_path / "[a]", SETTINGS) as checkpoints,
+    ):
+        checkpoints.save(Position(state, step=1))
+
+
+def test_first_checkpoint_is_compared(steps, tmp_path, monkeypatch):
+    state, reads = first_state(steps, SETTINGS), []
+
+    def read(self, number, start):
+        reads.append(number)
+        other = start.params | {"Dense_0": jax.tree.map(lambda value: value + 1, start.params["Dense_0"])}
+        return Position(start._replace(params=other if len(reads) > 1 else start.params))
+
+    monkeypatch.setattr(Checkpoints, "_position", read)
+    with Checkpoints(tmp_path / "same", SETTINGS) as checkpoints:
+        checkpoints.save(Position(state, step=1))
+        checkpoints.save(Position(state, step=2))
+    assert reads == [2]
+    with (
+        pytest.raises(CheckpointError, match="checkpoints/2 reads back other than it was written"),
+        Checkpoints(tmp_path / "other", SETTINGS) as checkpoints,
+    ):
+        checkpoints.save(Position(state, step=1))
+
+
+def test_metrics_are_strict_json(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write(1, 0.5, train_loss=float("nan"), train_accuracy=0.1)
+        log.write(2, 1.0, test_loss=float("inf"), test_accuracy=0.25)
+    path = tmp_path / "metrics.jsonl"
+    first, second = (json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines())
+    assert first == {"step": 1, "epoch": 0.5, "train_loss": None, "train_accuracy": 0.1}
+    assert second == {"step": 2, "epoch": 1.0, "test_loss": None, "test_accuracy": 0.25}
+    with path.open("a") as file:
+        file.write('{"step": 3, "ep')  # by a process that was killed
+    records = read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [1, 2]
+    assert np.isnan([records[0]["train_loss"], records[1]["test_loss"]]).all()
+    assert read_evaluations(tmp_path) == records[1:]
+    draw_learning_curves(tmp_path)
+    assert (tmp_path / "learning_curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("full", ["metrics.jsonl", "events"])
+def test_full_disk_ends_a_log_with_one_error(full, tmp_path, monkeypatch):
+    if full == "events":
+        monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: Path("/dev/full").open("wb"))  # noqa: SIM115
+    else:
+        (tmp_path / full).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"), MetricsLog(tmp_path) as log:
+        for step in range(3):
+            log.write(step, 1.0, train_loss=1.0)
+
+
 def test_training_on_does_not_change_what_is_being_saved(tmp_path):
     """The next step takes over the memory of the state that it is given."""
     settings = config()

@@ -121,6 +121,14 @@ def test_results_survive_a_line_cut_short(tmp_path):
     assert path.read_text() == whole
 
 
+def test_results_are_strict_json(tmp_path):
+    path = tmp_path / "results.jsonl"
+    record = {"epoch": 1.0, "train_loss": 2.0, "validation_accuracy": 0.1}
+    Results(path).add(cell(), outcome(0.1) | {"curve": [record | {"validation_loss": float("nan")}]})
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)["outcome"]
+    assert found == outcome(0.1) | {"curve": [record | {"validation_loss": None}]}
+
+
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text('{"cell": {}, "outcome": {}}\nnonsense\n')

@@ -1,6 +1,7 @@
 """The training program, killed, asked to stop, or with its disk full, and started again with the same command."""
 
 import os
+import pty
 import random
 import resource
 import shutil
@@ -33,6 +34,12 @@ SETTINGS = [
     "--keep=2",
 ]
 STEPS = 32
+LEADER = (  # runs a command as the leader of a session with the terminal that it reads from
+    sys.executable,
+    "-c",
+    "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "os.execv(sys.argv[1], sys.argv[1:])",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +52,13 @@ def environment(tmp_path_factory):
 def start(environment):
     """Starts the training program in a folder."""
 
-    def start(workdir, *arguments, devices=1):
-        command = [sys.executable, str(ROOT / "experiments" / "train_resnet.py"), *SETTINGS]
+    def start(workdir, *arguments, devices=1, before=(), **options):
+        command = [*before, sys.executable, str(ROOT / "experiments" / "train_resnet.py"), *SETTINGS]
         return subprocess.Popen(
             [*command, "--workdir", str(workdir), *arguments],
             env=environment | {"JAX_NUM_CPU_DEVICES": str(devices)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
+            **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options),
         )
 
     return start
@@ -152,6 +158,34 @@ def test_a_full_disk_is_seen_and_what_was_saved_is_whole(start, whole, tmp_path)
     assert f"train_resnet.py: cannot write a checkpoint to {tmp_path}/checkpoints (" in err.splitlines()[-1]
     assert saved_steps(tmp_path)[-1] == step
     finish(start(tmp_path))
+    check_the_same(tmp_path, whole)
+
+
+def test_full_log_is_one_line(start, whole, tmp_path):
+    stopped_after(20, tmp_path, start(tmp_path))
+    assert (tmp_path / "config.json").stat().st_size < 2000 < (tmp_path / "metrics.jsonl").stat().st_size
+    process = start(tmp_path)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, 2000))
+    _, err = finish(process, status=1)
+    expected = f"train_resnet.py: OSError: [Errno 27] File too large; what was measured is in {tmp_path}"
+    assert err.splitlines()[-1] == expected
+    assert [line for line in err.splitlines() if "rror" in line] == [expected]
+    finish(start(tmp_path))
+    check_the_same(tmp_path, whole)
+
+
+def test_closed_terminal_saves(start, whole, tmp_path):
+    """The program leads a session whose terminal goes away, and with it all that it could write to."""
+    terminal, its_end = pty.openpty()
+
+    process = start(tmp_path, before=LEADER, stdin=its_end, stdout=its_end, stderr=its_end)
+    os.close(its_end)
+    until(lambda: (saved_steps(tmp_path) or [0])[-1] >= 3, process)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 75
+    step = saved_steps(tmp_path)[-1]
+    _, err = finish(start(tmp_path))
+    assert f"going on from step {step} in {tmp_path}" in err
     check_the_same(tmp_path, whole)
 
 

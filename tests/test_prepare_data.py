@@ -183,6 +183,15 @@ def test_what_was_put_in_is_read_back(run, monkeypatch, archives, data_dir, name
 
 @pytest.mark.slow
 @needs_tensorflow
+@pytest.mark.parametrize("folder", ["sizes=[64,64]", "a\\[b]*"])
+def test_data_folders_of_any_name(run, monkeypatch, archives, tmp_path, folder):
+    contents = make_original(monkeypatch, "mnist", archives)
+    status, _, error = run("mnist", "--from", archives, "--data-dir", tmp_path / folder)
+    assert status == 0, error
+    assert_holds(load("mnist", tmp_path / folder), contents, "mnist")
+
+
+@needs_tensorflow
 def test_reading_takes_no_tensorflow_and_workers_stream_the_same_batches(run, monkeypatch, archives, data_dir):
     make_original(monkeypatch, "tiny_imagenet", archives)
     assert run("tiny_imagenet", "--from", archives, "--data-dir", data_dir)[0] == 0

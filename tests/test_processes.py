@@ -1,9 +1,13 @@
-"""Two processes on one machine, against one, over the same eight devices and batches."""
+"""Two processes that train together, two that must not, and signals to stop."""
 
 import dataclasses
+import errno
+import fcntl
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -14,7 +18,7 @@ from experiments.config import Experiment
 from experiments.networks.build import make_network
 from experiments.training.loop import train
 from experiments.training.metrics import Unheard
-from experiments.training.processes import connect
+from experiments.training.processes import StopSignal, connect, only_process_in
 from experiments.training.steps import make_steps
 
 CONFIG = Experiment(model="resnet20", norm="none", train_images=256, batch_size=32, epochs=1, warmup_epochs=0.0)
@@ -52,6 +56,69 @@ def test_two_processes_train_as_one(tmp_path):
     assert sorted(one) == sorted(two)
     for name in one:
         np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_second_process_is_refused(tmp_path):
+    with only_process_in(tmp_path):
+        problem = f"another process trains in {tmp_path}; wait until it ends, or give another --workdir"
+        with pytest.raises(ValueError, match=problem), only_process_in(tmp_path, patience=0.3):
+            pass
+    with only_process_in(tmp_path, patience=0.0):
+        pass
+
+
+def test_second_process_waits_for_the_first(tmp_path):
+    first = only_process_in(tmp_path)
+    first.__enter__()
+    ending = threading.Timer(0.5, first.__exit__, (None, None, None))
+    ending.start()
+    with only_process_in(tmp_path, patience=30.0):
+        assert not ending.is_alive()
+
+
+def test_killed_process_leaves_no_lock(tmp_path):
+    code = "import fcntl, sys; fcntl.flock(f := open(sys.argv[1], 'w'), 2); print('locked', flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="another process trains in"), only_process_in(tmp_path, patience=0.0):
+            pass
+        holder.kill()
+    with only_process_in(tmp_path, patience=0.0):
+        pass
+
+
+def test_no_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
+    def unsupported(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with only_process_in(tmp_path):
+        pass
+    said = capsys.readouterr().err
+    assert f"{tmp_path} cannot be locked ([Errno 37] No locks available); nothing keeps another" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_to_stop(number):
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop()
+        signal.raise_signal(number)
+        assert stop()
+    assert signal.getsignal(number) is before
+
+
+def test_ignored_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 if __name__ == "__main__":

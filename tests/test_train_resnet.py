@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import functools
 import json
 import signal
 import subprocess
@@ -22,6 +24,7 @@ from experiments.networks.mlp import MLP
 from experiments.recipes import RECIPES
 from experiments.training.loop import DivergenceError, train
 from experiments.training.metrics import MetricsLog, draw_learning_curves, read_metrics
+from experiments.training.processes import only_process_in
 from experiments.training.steps import create_state, make_eval_step, make_optimizer, make_steps, make_train_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -77,6 +80,15 @@ def run(model, config, log):
         (["--weight-decay", "-1"], "weight_decay must be at least 0"),
         (["--seed", "-1"], "seed must be at least 0"),
         (["--workdir", "/dev/null/here"], "Not a directory"),
+        (
+            ["--workdir", "/nowhere/a\\b"],
+            "'/nowhere/a\\\\b' cannot hold checkpoints: expected UTF-8 without backslashes",
+        ),
+        (["--workdir", "/nowhere/\udcff"], "'/nowhere/\\udcff' cannot hold checkpoints"),
+        (["--recipe", "digits", "--config", "x.json"], "--recipe and --config both say where the settings start"),
+        (["--cutout", "99"], "cutout 99 is larger than the images, 8x8"),
+        (["--cutout", "9"], "cutout 9 is larger than the images, 8x8"),
+        (["--pool", "2", "--cutout", "5"], "cutout 5 is larger than the images, 4x4"),
     ],
 )
 def test_bad_settings_end_in_one_line_before_training(arguments, message, refused):
@@ -90,6 +102,26 @@ def test_a_finished_run_is_not_overwritten(tmp_path, run_main):
     assert status == 2
     assert "holds a run already; give another --workdir" in output.err
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_run_of_another_process_is_left_alone(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(train_resnet, "only_process_in", functools.partial(only_process_in, patience=0.0))
+    with only_process_in(tmp_path):
+        message = f"another process trains in {tmp_path}; wait until it ends, or give another --workdir"
+        refused(train_resnet, "--no-compare", "--workdir", tmp_path, message=message)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_another_run_left_meanwhile_is_kept(tmp_path, monkeypatch, refused):
+    @contextlib.contextmanager
+    def wait_for_another(workdir):
+        train_resnet.prepare_workdir(workdir, Experiment(model="mlp5", seed=1))
+        yield
+
+    monkeypatch.setattr(train_resnet, "only_process_in", wait_for_another)
+    arguments = ("--no-compare", "--model", "mlp5", "--workdir", tmp_path)
+    refused(train_resnet, *arguments, message="holds a run with other settings")
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 
 def test_help_explains_every_setting(capsys, run_main):
@@ -202,6 +234,22 @@ def test_padding_does_not_count_in_evaluation():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("heed_ctrl_c")
+def test_ctrl_c_while_it_compiles_is_one_line(tmp_path):
+    run = subprocess.Popen([*PROGRAM, "--no-compare", "--workdir", tmp_path], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "config.json").exists():
+        assert time.monotonic() < deadline
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    err = run.communicate(timeout=120)[1]
+    assert run.returncode == 130
+    assert err.splitlines()[-1] == f"train_resnet.py: interrupted; what was measured is in {tmp_path}"
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("heed_ctrl_c")
 def test_ctrl_c_leaves_readable_results(tmp_path):
     command = [*PROGRAM, "--no-compare", "--workdir", tmp_path]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -284,6 +332,36 @@ def test_a_plain_activation_that_diverges_ends_nothing(tmp_path, run_main):
     status, output = run_main(train_resnet, *arguments, "--warmup-epochs", "0", "--workdir", str(tmp_path))
     assert status == 0
     assert "swish: diverged in the first epoch, nswish: 0." in output.out
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("learning_rate", "1e-3", 'a number, got "1e-3"'),
+        ("learning_rate", True, "a number, got true"),
+        ("learning_rate", None, "a number, got null"),
+        ("epochs", 2.5, "a whole number, got 2.5"),
+        ("epochs", False, "a whole number, got false"),
+        ("seed", [1], "a whole number, got [1]"),
+        ("train_images", "512", 'a whole number or null, got "512"'),
+        ("clip_norm", "none", 'a number or null, got "none"'),
+        ("nesterov", "no", 'true or false, got "no"'),
+        ("augment", 0, "true or false, got 0"),
+        ("model", 20, "text, got 20"),
+        ("data_dir", 1, "a folder, as text or null, got 1"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_named(name, value, expected, tmp_path, refused):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(Experiment().to_json()) | {name: value}))
+    refused(train_resnet, "--config", path, message=f"{path}: {name} must be {expected}\n")
+
+
+def test_a_whole_number_is_a_number(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(Experiment().to_json()) | {"learning_rate": 1, "clip_norm": 2}))
+    found = train_resnet.parse(["--config", str(path)])
+    assert [(type(value), value) for value in (found.learning_rate, found.clip_norm)] == [(float, 1.0), (float, 2.0)]
 
 
 def test_what_a_run_wrote_is_where_settings_start(tmp_path):

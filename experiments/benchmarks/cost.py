@@ -6,12 +6,11 @@ See `python experiments/benchmarks/cost.py --help`.
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
+from experiments.cli import BAD_SETTINGS, fail, run_program, settings_of, table_head, table_row
 
 # isort: split
 
@@ -22,7 +21,6 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import tyro
 
 from experiments.benchmarks import operation, training_step
 from experiments.benchmarks.measuring import BATCH_NORM, PLAIN, Spread, ratios, seconds
@@ -70,7 +68,7 @@ class Config:
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     if config.gpu:
         shapes = ("256x56x56x64", "8192x4096")
         config = dataclasses.replace(config, shapes=shapes, dtypes=("bfloat16",), networks=("resnet50_gpu",))
@@ -211,4 +209,4 @@ def _machine() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

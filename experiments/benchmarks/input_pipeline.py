@@ -6,15 +6,13 @@ See `python experiments/benchmarks/input_pipeline.py --help`.
 import dataclasses
 import itertools
 import statistics
-import sys
 import time
 from pathlib import Path
 
-from experiments.cli import FAILED, fail, table_head, table_row
+from experiments.cli import FAILED, fail, run_program, settings_of, table_head, table_row
 
 # isort: split
 
-import tyro
 
 from experiments.benchmarks.measuring import random_images
 from experiments.data import Augmentation, DataError, Dataset, load, training_batches
@@ -43,7 +41,7 @@ class Config:
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     print(table_head("images", "processes", "images/s", "slowest-fastest"))
     for shape in ((28, 28, 1), (32, 32, 3), (64, 64, 3)):
         measure(f"random {shape}, in memory", random_images(shape, 10_000), config, workers=0)
@@ -73,4 +71,4 @@ def measure(label: str, dataset: Dataset, config: Config, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

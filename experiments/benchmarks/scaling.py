@@ -4,16 +4,14 @@ See `python experiments/benchmarks/scaling.py --help`.
 """
 
 import dataclasses
-import sys
 
-from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
+from experiments.cli import BAD_SETTINGS, fail, run_program, settings_of, table_head, table_row
 
 # isort: split
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -42,7 +40,7 @@ class Config:
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     unknown = [side for side in config.sides if side not in training_step.SIDES]
     if unknown:
         return fail(f"unknown side {unknown[0]!r}; expected {', '.join(training_step.SIDES)}", BAD_SETTINGS)
@@ -108,4 +106,4 @@ def _resnet50() -> tuple[list[int], int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -18,6 +18,8 @@ from jaxtyping import Float, Int, UInt8
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+import experiments.folders  # noqa: F401 so that tensorflow-datasets reads folders of any name
+
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images, training and test, up to which a data set is kept as arrays
 _DECODED_AT_ONCE = 1024
 _SAMPLE = 10_000  # training images, evenly spaced, that give mean and deviation of the channels

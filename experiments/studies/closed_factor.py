@@ -6,11 +6,10 @@ See `python experiments/studies/closed_factor.py --help`.
 import dataclasses
 import functools
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.cli import BAD_SETTINGS, check_picture, fail, table_head, table_row
+from experiments.cli import BAD_SETTINGS, check_picture, fail, run_program, settings_of, table_head, table_row
 
 # isort: split
 
@@ -19,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import tyro
 from jaxtyping import Array, Float, PyTree
 
 from anact_jax import Form, activation_stats, closed_normalization, normalization
@@ -77,7 +75,7 @@ class Off(NamedTuple):
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     try:
         config.check()
         check_devices(config.batch_size)
@@ -186,4 +184,4 @@ def draw(found: dict[str, list[Off]], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

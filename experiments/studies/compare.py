@@ -11,12 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail, run_program, settings_of
 
 # isort: split
 
 import numpy as np
-import tyro
 from tyro.conf import arg
 
 from anact_jax import ACTIVATIONS, Form
@@ -100,7 +99,7 @@ class Config(Storage, Training, Parts, Data):
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     try:
         config.check()
         sides = list(config.sides())
@@ -172,4 +171,4 @@ def finished(cell: Cell, results: Results) -> Outcome:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -5,14 +5,12 @@ See `python experiments/studies/convergence.py --help`.
 
 import dataclasses
 import itertools
-import json
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail, run_program, settings_of
 
 # isort: split
 
@@ -22,7 +20,6 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import scipy.stats
-import tyro
 from jaxtyping import Array, Float
 from tyro.conf import arg
 
@@ -34,6 +31,7 @@ from experiments.networks.build import check_devices, layers_of, make_network
 from experiments.studies.ensemble import for_ensemble
 from experiments.studies.grid import Cell, Results, not_run_today, run_cells
 from experiments.training.gains import gains_of
+from experiments.training.metrics import to_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -133,7 +131,7 @@ class Point(NamedTuple):
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     try:
         config.check()
         check_devices(config.batch_size)
@@ -234,7 +232,7 @@ def report(points: Sequence[Point], config: Config) -> None:
         "correlations": {name: correlation._asdict() for name, correlation in correlations.items()},
         "points": [point._asdict() for point in points],
     }
-    (config.workdir / "points.json").write_text(json.dumps(record, indent=1) + "\n")
+    (config.workdir / "points.json").write_text(to_json(record, indent=1) + "\n")
     draw(points, str(correlations["all"]), config.workdir / "convergence.png")
 
 
@@ -263,4 +261,4 @@ def draw(points: Sequence[Point], correlation: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -4,17 +4,15 @@ See `python experiments/studies/default_form.py --help`.
 """
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
+from experiments.cli import BAD_SETTINGS, fail, run_program, settings_of, table_head, table_row
 
 # isort: split
 
 import numpy as np
 import scipy.stats
-import tyro
 from jaxtyping import Float
 
 from anact_jax import DEFAULT, Form
@@ -78,7 +76,7 @@ class Row:
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     try:
         form = Form.parse(config.form)
         choice, verdict = (_results_in(folder) for folder in (config.choice, config.workdir))
@@ -272,4 +270,4 @@ def _sum(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -4,19 +4,17 @@ See `python experiments/studies/front_picture.py --help`.
 """
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from experiments.cli import BAD_SETTINGS, check_picture, fail, table_head, table_row
+from experiments.cli import BAD_SETTINGS, check_picture, fail, run_program, settings_of, table_head, table_row
 
 # isort: split
 
 import matplotlib
 import numpy as np
-import tyro
 
 from experiments.config import Experiment, Recipe, Storage, check_at_least
 from experiments.data import DataError
@@ -69,7 +67,7 @@ class Config(Storage):
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     try:
         config.check()
         results = Results(config.workdir / "results.jsonl")
@@ -121,4 +119,4 @@ def draw(config: Config, accuracies: Mapping[str, np.ndarray]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

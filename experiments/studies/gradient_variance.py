@@ -6,12 +6,11 @@ See `python experiments/studies/gradient_variance.py --help`.
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from experiments.cli import BAD_SETTINGS, FAILED, check_picture, fail
+from experiments.cli import BAD_SETTINGS, FAILED, check_picture, fail, run_program, settings_of
 
 # isort: split
 
@@ -21,7 +20,6 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array, Float, PyTree
 
 from anact_jax import (
@@ -112,7 +110,7 @@ class Config:
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     dataset = load("digits")
     try:
         config.check(dataset)
@@ -266,4 +264,4 @@ def draw(results: dict[str, Result], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -18,7 +18,7 @@ from experiments.config import Data, Recipe, Storage, with_added
 from experiments.data import Dataset
 from experiments.studies.ensemble import training
 from experiments.training.loop import evaluate
-from experiments.training.metrics import Record
+from experiments.training.metrics import Record, to_json
 from experiments.training.steps import Steps, make_steps, steps_per_epoch
 
 LAST_WITH_ALL_VARIATIONS = "ce3e8fc"
@@ -88,7 +88,7 @@ class Results:
 
     def add(self, cell: Cell, outcome: Outcome) -> None:
         """Keeps what came of a cell, in a line of its own."""
-        line = json.dumps({"cell": cell.settings, "outcome": outcome}) + "\n"
+        line = to_json({"cell": cell.settings, "outcome": outcome}) + "\n"
         with self._path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
             _drop_cut_line(file)

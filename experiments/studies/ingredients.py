@@ -6,11 +6,10 @@ See `python experiments/studies/ingredients.py --help`.
 import dataclasses
 import functools
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from experiments.cli import BAD_SETTINGS, check_picture, fail
+from experiments.cli import BAD_SETTINGS, check_picture, fail, run_program, settings_of
 
 # isort: split
 
@@ -18,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import tyro
 from jaxtyping import Array, Float, PyTree
 from tyro.conf import arg
 
@@ -91,7 +89,7 @@ class Config(Settings):
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     dataset = load("digits")
     try:
         config.check()
@@ -186,4 +184,4 @@ def draw(results: dict[str, dict[str, Float[np.ndarray, " points"]]], output: Pa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

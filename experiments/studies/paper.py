@@ -4,16 +4,14 @@ See `python experiments/studies/paper.py --help`.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
-from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
+from experiments.cli import BAD_SETTINGS, fail, run_program, settings_of, table_head, table_row
 
 # isort: split
 
-import tyro
 from tyro.conf import arg
 
 from experiments import train_resnet
@@ -90,7 +88,7 @@ class Config(Storage):
 def main() -> int:
     """Runs the program and returns its exit status."""
     silence_orbax()
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     try:
         config.check()
         runs = {side: [config.experiment(side, seed) for seed in range(config.seeds)] for side in SIDES}
@@ -144,4 +142,4 @@ def _verdict(dataset: str, difference: Interval) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -4,19 +4,17 @@ See `python experiments/studies/upsets.py --help`.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Annotated, NamedTuple
 
-from experiments.cli import BAD_SETTINGS, fail, table_head, table_row
+from experiments.cli import BAD_SETTINGS, fail, run_program, settings_of, table_head, table_row
 
 # isort: split
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array, Float, PyTree
 from tyro.conf import arg
 
@@ -106,7 +104,7 @@ UPSETS = MappingProxyType(
 
 def main() -> int:
     """Runs the program and returns its exit status."""
-    config = tyro.cli(Config)
+    config = settings_of(Config)
     try:
         config.check()
     except ValueError as error:
@@ -148,4 +146,4 @@ def in_words(after: Float[np.ndarray, " seeds"], end: Float[np.ndarray, " seeds"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

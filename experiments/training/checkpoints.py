@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array
@@ -18,6 +19,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from anact_jax import Form
 from experiments.config import Experiment
 from experiments.data.sets import one_line
+from experiments.folders import check_writable_name
 from experiments.training.metrics import Record
 from experiments.training.steps import TrainState
 
@@ -75,12 +77,16 @@ class Checkpoints:
     """The checkpoints of one run, in `checkpoints/` of its folder: the last `config.keep` and the best.
 
     A checkpoint's number is twice its step, plus 1 once the network was evaluated there: the second is written beside
-    the first, which is removed when it is whole. A context manager; at its end it waits for the last checkpoint. With
-    `read_only` nothing is written or removed.
+    the first, which is removed when it is whole. The first of a run is read back and compared before training goes on.
+    A context manager; at its end it waits for the last checkpoint. With `read_only` nothing is written or removed.
+
+    Raises:
+        ValueError: no checkpoint can be written to a folder of this name.
     """
 
     def __init__(self, workdir: Path, config: Experiment, *, read_only: bool = False) -> None:
-        self._config, self._folder = config, (workdir / "checkpoints").absolute()
+        check_writable_name(workdir)
+        self._config, self._workdir, self._folder = config, workdir, (workdir / "checkpoints").absolute()
         self._saved: int | None = None
         self._read_only = read_only
         policies = [
@@ -101,7 +107,7 @@ class Checkpoints:
         """Saves where the run stands, unless that was done; returns while the files are being written.
 
         Raises:
-            CheckpointError: this checkpoint or the one before could not be written.
+            CheckpointError: this checkpoint or the one before could not be written, or the first is not what was saved.
         """
         number = _number(position)
         if number == self._saved:
@@ -120,7 +126,20 @@ class Checkpoints:
             )
         except Exception as error:  # whatever the file system makes Orbax raise
             raise CheckpointError(self._unwritten(error)) from error
+        if self._saved is None:
+            self.wait()
+            self._read_back(number, position.state)
         self._saved = number
+
+    def _read_back(self, number: int, state: TrainState) -> None:
+        """Reads a checkpoint as another process will; CheckpointError unless that gives the same arrays."""
+        try:
+            with Checkpoints(self._workdir, self._config, read_only=True) as reader:
+                found = reader._position(number, state).state
+        except _DamageError as error:
+            raise CheckpointError(f"checkpoint {self._folder / str(number)} cannot be read back ({error})") from error
+        if jax.tree.map(_bytes, found) != jax.tree.map(_bytes, state):
+            raise CheckpointError(f"checkpoint {self._folder / str(number)} reads back other than it was written")
 
     def wait(self) -> None:
         """Returns when the last checkpoint is written.
@@ -279,6 +298,10 @@ class Checkpoints:
 
 def _number(position: Position) -> int:
     return 2 * position.step + position.measured
+
+
+def _bytes(array: Array) -> bytes:
+    return np.asarray(array).tobytes()
 
 
 def _evaluated(number: int) -> bool:

@@ -1,6 +1,10 @@
 """What a run leaves behind: metrics as lines of JSON and TensorBoard events, and pictures."""
 
+import contextlib
 import json
+import math
+import socket
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +14,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
 
 Record: TypeAlias = dict[str, Any]
 
@@ -19,23 +25,25 @@ class MetricsLog:
     """Writes each record at once to `metrics.jsonl` and TensorBoard events: an interrupted run keeps them.
 
     It starts with `records`, in place of all that stands there: what an interrupted run wrote after its last
-    checkpoint is measured again.
+    checkpoint is measured again. What cannot be written raises OSError.
     """
 
     def __init__(self, workdir: Path, records: Iterable[Record] = ()) -> None:
         for old in workdir.glob("events.out.tfevents.*"):
             old.unlink()
-        self._lines = (workdir / "metrics.jsonl").open("w")
-        self._events = SummaryWriter(str(workdir))
-        for record in records:
-            self.write(**record)
+        with contextlib.ExitStack() as opened:
+            self._lines = opened.enter_context((workdir / "metrics.jsonl").open("w"))
+            self._events = opened.enter_context(contextlib.closing(_Events(workdir)))
+            for record in records:
+                self.write(**record)
+            self._opened = opened.pop_all()
 
     def write(self, step: int, epoch: float, **values: float) -> None:
         """Adds a record; `values` such as `train_loss` become TensorBoard's `train/loss`."""
-        self._lines.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+        self._lines.write(to_json({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            self._events.add_scalar(name.replace("_", "/", 1), value, step)
+            self._events.add(step=step, summary=summary.scalar(name.replace("_", "/", 1), value))
         self._events.flush()
 
     def __enter__(self) -> "MetricsLog":
@@ -44,8 +52,19 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lines.close()
-        self._events.close()
+        self._opened.close()
+
+
+class _Events(RecordWriter):  # type: ignore[misc]
+    """TensorBoard events, written at once: `SummaryWriter` has a thread write them, whose errors cannot be caught."""
+
+    def __init__(self, workdir: Path, suffix: str = "") -> None:
+        super().__init__(str(workdir / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}{suffix}"))
+        self.add(file_version="brain.Event:2")
+
+    def add(self, **what: Any) -> None:
+        """Adds an event."""
+        self.write(Event(wall_time=time.time(), **what).SerializeToString())
 
 
 class Unheard:
@@ -57,14 +76,29 @@ class Unheard:
 
 def show_pictures(workdir: Path, *pictures: Path) -> None:
     """Puts pictures into the run's TensorBoard events."""
-    with SummaryWriter(str(workdir)) as events:
+    with contextlib.closing(_Events(workdir, ".pictures")) as events:
         for picture in pictures:
-            events.add_image(picture.stem, plt.imread(picture)[..., :3], dataformats="HWC")
+            events.add(summary=summary.image(picture.stem, plt.imread(picture)[..., :3], dataformats="HWC"))
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Text that every reader of JSON takes, with null for each number that is not finite."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: finite(inner) for name, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def read_metrics(workdir: Path) -> list[Record]:
-    """The records of a run, finished or not."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    """The records of a run, finished or not, with NaN for null; a line that was cut off is left out."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{name: math.nan if value is None else value for name, value in record.items()} for record in records]
 
 
 def read_evaluations(workdir: Path) -> list[Record]:
