@@ -141,7 +141,7 @@ def test_help_explains_every_setting(capsys, run_main):
 
 
 def config(**settings):
-    usual = {"epochs": 6, "batch_size": 32, "learning_rate": 0.05, "behind": "measured"}
+    usual = {"epochs": 6, "batch_size": 32, "learning_rate": 0.05}
     return Experiment(**(usual | settings))
 
 
