@@ -24,7 +24,7 @@ from anact_jax.published import gains
 from anact_jax.statistics import FactorAndShift, Stats, activation_stats
 from anact_jax.tracing import wide_dtype
 
-Tap: TypeAlias = Callable[["_Call", Array], Array]
+Tap: TypeAlias = Callable[["Call", Array], Array]
 
 # `jax.jit` and `nn.jit` trace anew what they traced while the number was another: no layer stays hidden.
 _trace_number = jax.make_user_context()
@@ -102,7 +102,7 @@ class LayerPass(NamedTuple):
     gradient: Float[Array, "..."]
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A call of a layer within a model.
 
     Attributes:
@@ -132,7 +132,7 @@ class _Call(NamedTuple):
         return self.function(**{**self.kwargs, next(iter(self.kwargs)): x})
 
 
-Rows: TypeAlias = Sequence[LayerGains] | Sequence[LayerVariances]
+Rows: TypeAlias = Sequence[Any]  # NamedTuples of one kind, whose first field is the name
 
 
 def _row(name: str, stats: Stats, numbers: FactorAndShift) -> LayerGains:
@@ -205,7 +205,7 @@ def gains_on_batch(
         ['layers_1']
     """
 
-    def row(call: _Call) -> LayerGains:
+    def row(call: Call) -> LayerGains:
         module, x, normalized = call.module, call.entering, isinstance(call.module, NORMALIZED)
         if normalized:
             stats = activation_stats(module.activation, x, axis=module.form.axis, mask=call.kwargs.get("mask"))
@@ -213,9 +213,16 @@ def gains_on_batch(
         plain = FactorAndShift(jnp.ones(()), jnp.zeros(()))
         return _row(call.name, activation_stats(call.of, x), plain)
 
+    return measured_at(loss, layers, row)
+
+
+def measured_at(
+    loss: Callable[..., Any], layers: tuple[type, ...], row: Callable[[Call], Any]
+) -> Callable[..., tuple[Any, ...]]:
+    """A function of loss's arguments: what `row` makes of each call of such a layer, in the order of execution."""
     through = _through(loss, layers, row)
 
-    def measure(*args: Any) -> tuple[LayerGains, ...]:
+    def measure(*args: Any) -> tuple[Any, ...]:
         return tuple(found for _, found, _, _ in through(*args))
 
     return measure
@@ -277,7 +284,7 @@ def table(rows: Rows) -> str:
 
 
 def _through(
-    loss: Callable[..., Any], layers: tuple[type, ...], of: Callable[[_Call], Any]
+    loss: Callable[..., Any], layers: tuple[type, ...], of: Callable[[Call], Any]
 ) -> Callable[..., list[tuple[Name, Any, Array, Array]]]:
     """For each call of a layer its name, what `of` makes of it, its output, and the gradient in that."""
 
@@ -286,7 +293,7 @@ def _through(
         names: list[Name] = []
         shapes: list[Any] = []
 
-        def note(call: _Call, signal: Array) -> Array:
+        def note(call: Call, signal: Array) -> Array:
             names.append(Name(call.name))
             given = (of(call), signal, signal, jnp.zeros((), signal.dtype))
             shapes.append(jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), given))
@@ -308,7 +315,7 @@ def _through(
         def probed(probes: list[Any]) -> Any:
             remaining = iter(zip(names, probes, strict=True))
 
-            def see(call: _Call, signal: Array) -> Array:
+            def see(call: Call, signal: Array) -> Array:
                 name, probe = next(remaining, (None, None))
                 if name != call.name:
                     raise ValueError(
@@ -359,7 +366,7 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
     def run(tap: Tap) -> Any:
         tapping = True  # not while a tap calls a layer itself
 
-        def tapped(call: _Call, signal: Array) -> Array:
+        def tapped(call: Call, signal: Array) -> Array:
             nonlocal tapping
             tapping = False
             try:
@@ -373,7 +380,7 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
             if not (tapping and isinstance(module, layers) and context.method_name == "__call__"):
                 return call(*given, **kwargs)
             name = "/".join(module.path) or type(module).__name__
-            made = _Call(module, name, lambda *args, **kwargs: linen.unbound(module)(*args, **kwargs), given, kwargs)
+            made = Call(module, name, lambda *args, **kwargs: linen.unbound(module)(*args, **kwargs), given, kwargs)
             return tapped(made, call(*given, **kwargs))
 
         def tap_calls(module: Any, name: str) -> None:
@@ -382,7 +389,7 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
             def call(self: Any, *given: Any, **kwargs: Any) -> Any:
                 function = functools.partial(kind.__call__, self)
                 signal = function(*given, **kwargs)
-                return tapped(_Call(self, name, function, given, kwargs), signal) if tapping else signal
+                return tapped(Call(self, name, function, given, kwargs), signal) if tapping else signal
 
             module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.core import bind
 from flax.linen.transforms import get_module_scopes, set_module_scopes
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Shaped
 
 from anact_jax import activations
 from anact_jax.forms import Form, form_of
-from anact_jax.running import check_momentum
+from anact_jax.running import averaged, check_momentum, without_batches
 from anact_jax.statistics import FactorAndShift, Stats, feature_axes
 from anact_jax.step import anact, check_activation, initial_stats, warn_of_sharing
 from anact_jax.tracing import Activation, by_reference, widened
@@ -303,6 +304,54 @@ def unbound(module: nn.Module) -> Callable[..., Any]:
 
     f.__name__ = type(module).__name__
     return f
+
+
+def estimate_stats(
+    apply: Callable[[Any, Any], Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    collection: str = "batch_stats",
+) -> dict[str, Any]:
+    """Running statistics estimated again, for weights that no batch was trained with: averaged ones (EMA, SWA).
+
+    The old statistics are forgotten, and those of the batches averaged with equal weights, as in one large batch. Layers
+    such as `nn.BatchNorm` in the same collection go on with their running average from batch to batch.
+
+    Args:
+        apply: runs the model in training on a batch, and returns the updated collections, as in
+            `lambda variables, x: model.apply(variables, x, train=True, mutable=["batch_stats"])[1]`. It is compiled.
+        variables: of the model, with the weights that the statistics are for.
+        batches: any number of batches, as `apply` takes them; of equal sizes, best as large as in training.
+        collection: where the layers keep their state.
+
+    Returns:
+        The variables with new statistics.
+
+    Raises:
+        ValueError: there are no batches, or the collection is missing.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> model = nn.Sequential([nn.Dense(8), NSwish(use_running_average=False)])
+        >>> batches = jax.random.normal(jax.random.key(0), (5, 32, 4))
+        >>> variables = model.init(jax.random.key(1), batches[0])
+        >>> run = lambda variables, x: model.apply(variables, x, mutable=["batch_stats"])[1]
+        >>> variables = estimate_stats(run, variables, batches)
+        >>> float(variables["batch_stats"]["layers_1"]["count"][0])
+        5.0
+    """
+    if collection not in variables:
+        raise ValueError(f"the variables have no collection {collection!r}, only {', '.join(variables)}")
+    compiled, state = jax.jit(apply), variables[collection]
+
+    def each() -> Iterator[Mapping[str, Any]]:
+        nonlocal state
+        for batch in batches:
+            state = compiled({**variables, collection: without_batches(state)}, batch)[collection]
+            yield state
+
+    return {**variables, collection: averaged(each())}
 
 
 class NReLU(ANAct):

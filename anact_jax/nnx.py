@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Shaped
 
 from anact_jax import activations
 from anact_jax.forms import Form, form_of
-from anact_jax.running import check_momentum
+from anact_jax.running import averaged, check_momentum, without_batches
 from anact_jax.statistics import FactorAndShift, Stats, feature_axes
 from anact_jax.step import anact, check_activation, initial_stats, warn_of_sharing
 from anact_jax.tracing import Activation, by_reference, widened
@@ -197,6 +197,48 @@ class ANAct(nnx.Module):
             )
         # One set of statistics a layer has the shape () whatever the width.
         return () if features is None or self.form.axis is None else (int(features),)
+
+
+def estimate_stats(
+    model: Any, batches: Iterable[Any], *, call: Callable[[Any, Any], Any] = lambda model, batch: model(batch)
+) -> None:
+    """Estimates running statistics again, in place; see `anact_jax.linen.estimate_stats`.
+
+    Args:
+        model: a module, with the weights that the statistics are for. It is run in training, and left in its mode.
+        batches: any number of batches; of equal sizes, best as large as in training.
+        call: runs the model on a batch. It is compiled.
+
+    Raises:
+        ValueError: there are no batches.
+
+    Examples:
+        >>> import jax
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), NSwish(8))
+        >>> estimate_stats(model, jax.random.normal(jax.random.key(0), (5, 32, 4)))
+        >>> float(model.layers[1].count[0])
+        5.0
+    """
+    trained = nnx.clone(model)
+    trained.train()
+    graph, state, rest = nnx.split(trained, nnx.BatchStat, ...)  # type: ignore[misc]
+
+    @jax.jit
+    def after(state: Any, rest: Any, batch: Any) -> Any:
+        model = nnx.merge(graph, state, rest)
+        call(model, batch)
+        return nnx.state(model, nnx.BatchStat)
+
+    def each() -> Iterator[Mapping[str, Any]]:
+        nonlocal state
+        for batch in batches:
+            nnx.replace_by_pure_dict(state, without_batches(nnx.to_pure_dict(state)))
+            state = after(state, rest, batch)
+            yield nnx.to_pure_dict(state)
+
+    found = averaged(each())
+    nnx.replace_by_pure_dict(state, found)
+    nnx.update(model, state)
 
 
 class NReLU(ANAct):

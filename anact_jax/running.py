@@ -1,6 +1,6 @@
 """Moments over time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -71,6 +71,63 @@ def moved(running: Stats, batch: Stats, taken_in: Bool[Array, "*features"], mome
     return Stats(count, **{name: step(old, getattr(batch, name)) for name, old in moments_of(running).items()})
 
 
+def averaged(batches: Iterable[Mapping[Any, Any]]) -> dict[Any, Any]:
+    """Statistics of several batches together, each with the same weight.
+
+    Means are averaged; a variance is the average within the batches and the variance between their means, as in one large
+    batch. A batch that left a feature at a count of 0 takes no part in that feature.
+
+    Args:
+        batches: nested dictionaries, such as `variables["batch_stats"]`, each as one batch left it that began with
+            counts of 0. What is no statistics of a normalized activation is taken from the last one.
+
+    Raises:
+        ValueError: there are none.
+
+    Examples:
+        >>> one = {"act": {"count": jnp.ones(()), "mean_out": jnp.array(1.0), "var_out": jnp.array(2.0)}}
+        >>> two = {"act": {"count": jnp.ones(()), "mean_out": jnp.array(3.0), "var_out": jnp.array(4.0)}}
+        >>> {name: float(value) for name, value in averaged([one, two])["act"].items()}
+        {'count': 2.0, 'mean_out': 2.0, 'var_out': 4.0}
+    """
+
+    def visit(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> dict[Any, Any]:
+        if not _holds_statistics(new):
+            return {
+                name: visit(old[name], value) if isinstance(value, Mapping) else value for name, value in new.items()
+            }
+        measured = (jnp.asarray(new["count"]) > 0).astype(jnp.result_type(old["count"]))
+        count = old["count"] + measured
+        weight = measured / jnp.maximum(count, 1)
+        found = {name: old[name] + weight * (new[name] - old[name]) for name in new if name != "count"}
+        for kind in ("in", "out"):
+            if f"mean_{kind}" in new:
+                between = new[f"mean_{kind}"] - old[f"mean_{kind}"]
+                found[f"var_{kind}"] += weight * (1 - weight) * between**2
+        return {"count": count, **found}
+
+    total: dict[Any, Any] | None = None
+    for batch in batches:
+        total = dict(batch) if total is None else visit(total, batch)
+    if total is None:
+        raise ValueError("statistics are estimated from at least one batch, got none")
+    return total
+
+
+def without_batches(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The same nested dictionaries with counts of 0, so that the next batch replaces all statistics."""
+
+    def visit(state: Mapping[Any, Any]) -> dict[Any, Any]:
+        found = {name: visit(value) if isinstance(value, Mapping) else value for name, value in state.items()}
+        return found | {"count": jnp.zeros_like(state["count"])} if _holds_statistics(state) else found
+
+    return visit(state)
+
+
+def _holds_statistics(state: Mapping[Any, Any]) -> bool:
+    return "count" in state and bool(set(MOMENTS) & set(state))
+
+
 def restored(saved: Mapping[str, Any], fresh: Mapping[str, Any], *, start_anew: bool = False) -> dict[str, Any]:
     """Fits the saved statistics of a model to the moments that its layers use.
 
@@ -107,7 +164,7 @@ def restored(saved: Mapping[str, Any], fresh: Mapping[str, Any], *, start_anew: 
             else saved.get(name, value)
             for name, value in fresh.items()
         }
-        if "count" in fresh and set(missing) & set(MOMENTS):
+        if _holds_statistics(fresh) and set(missing) & set(MOMENTS):
             found["count"] = fresh["count"]
         return found
 
