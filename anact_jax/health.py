@@ -148,8 +148,8 @@ def _findings(rows: tuple[LayerHealth, ...], meant: set[str]) -> tuple[str, ...]
             )
         if not 1 / _FACTOR <= row.running <= _FACTOR:
             found.append(
-                f"{name}: its running deviation is {row.running:.2g} times that of this batch. Is this other data than it "
-                "was trained on, or prepared in another way? Otherwise estimate the statistics again"
+                f"{name}: its running deviation is {row.running:.2g} times that of this batch. Is this other data than "
+                "it was trained on, or prepared in another way? Otherwise estimate the statistics again"
             )
         elif not (jnp.isnan(row.output) or 1 / _FACTOR <= row.output <= _FACTOR):
             found.append(f"{name}: its output has {row.output:.2g} times the deviation of its form. Is it trained?")

@@ -315,8 +315,8 @@ def estimate_stats(
 ) -> dict[str, Any]:
     """Running statistics estimated again, for weights that no batch was trained with: averaged ones (EMA, SWA).
 
-    The old statistics are forgotten, and those of the batches averaged with equal weights, as in one large batch. Layers
-    such as `nn.BatchNorm` in the same collection go on with their running average from batch to batch.
+    The old statistics are forgotten, and those of the batches averaged with equal weights, as in one large batch.
+    Layers such as `nn.BatchNorm` in the same collection go on with their running average from batch to batch.
 
     Args:
         apply: runs the model in training on a batch, and returns the updated collections, as in

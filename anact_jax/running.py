@@ -74,8 +74,8 @@ def moved(running: Stats, batch: Stats, taken_in: Bool[Array, "*features"], mome
 def averaged(batches: Iterable[Mapping[Any, Any]]) -> dict[Any, Any]:
     """Statistics of several batches together, each with the same weight.
 
-    Means are averaged; a variance is the average within the batches and the variance between their means, as in one large
-    batch. A batch that left a feature at a count of 0 takes no part in that feature.
+    Means are averaged; a variance is the average within the batches and the variance between their means, as in one
+    large batch. A batch that left a feature at a count of 0 takes no part in that feature.
 
     Args:
         batches: nested dictionaries, such as `variables["batch_stats"]`, each as one batch left it that began with
