@@ -4,7 +4,6 @@ The Flax modules live in `anact_jax.linen` and `anact_jax.nnx`; importing this p
 """
 
 from anact_jax.activations import ACTIVATIONS, activation, nonlinearity, tempered
-from anact_jax.closed import closed_normalization
 from anact_jax.elementwise import Activation
 from anact_jax.factors import Gains, Normalization, gains, normalization
 from anact_jax.form import DEFAULT, PUBLISHED, REFERENCES, RULES, Form
@@ -30,7 +29,6 @@ __all__ = [
     "activation",
     "activation_stats",
     "anact",
-    "closed_normalization",
     "gains",
     "gaussian_stats",
     "informative",

@@ -38,10 +38,7 @@ LAYERS: tuple[type, ...] = (
 )
 """Layers with weights, whose outputs are the signals z_l of docs/explanation/method.md."""
 
-BEHIND_BATCH_NORM: tuple[type, ...] = (linen.BatchNormAct, anact_jax.nnx.BatchNormAct)
-"""Normalized activations that are one layer with the BatchNorm before them."""
-
-ACTIVATIONS: tuple[type, ...] = (linen.ANAct, anact_jax.nnx.ANAct, *BEHIND_BATCH_NORM)
+ACTIVATIONS: tuple[type, ...] = (linen.ANAct, anact_jax.nnx.ANAct)
 """Normalized activations."""
 
 
@@ -279,12 +276,12 @@ def gains_on_batch(
         loss: see `pass_through`.
         layers: types of the modules to measure. One that is no normalized activation is measured as a plain one, with
             factor 1 and shift 0: any elementwise module, such as `nn.PReLU`. Functions leave no trace in a model: make
-            a module of one. Of a `BatchNormAct` the activation is measured, on what BatchNorm gives out.
+            a module of one.
 
     Returns:
         A function of loss's arguments; what it returns has a row for each call of such a layer, in the order of
-        execution, with the factor and shift that its running statistics or parameters give. What the layer's `mask`
-        leaves out does not count. Compile it by `jax.jit`.
+        execution, with the factor and shift that its running statistics give. What the layer's `mask` leaves out does
+        not count. Compile it by `jax.jit`.
 
     Raises:
         TypeError, ValueError: see `pass_through`.
@@ -465,21 +462,21 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
 
         def on_call(call: Callable[..., Any], given: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             module = context.module
-            if not (tapping and isinstance(module, layers) and context.method_name == _method_of(module)):
+            if not (tapping and isinstance(module, layers) and context.method_name == "__call__"):
                 return call(*given, **kwargs)
             name = "/".join(module.path) or type(module).__name__
             made = _Call(module, name, lambda *args, **kwargs: linen.unbound(module)(*args, **kwargs), given, kwargs)
             return tapped(made, call(*given, **kwargs))
 
         def tap_calls(module: Any, name: str) -> None:
-            kind, method = type(module), _method_of(module)
+            kind = type(module)
 
             def call(self: Any, *given: Any, **kwargs: Any) -> Any:
-                function = functools.partial(getattr(kind, method), self)
+                function = functools.partial(kind.__call__, self)
                 signal = function(*given, **kwargs)
                 return tapped(_Call(self, name, function, given, kwargs), signal) if tapping else signal
 
-            module.__class__ = type(kind.__name__, (kind,), {method: call})
+            module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
 
         fresh = [nnx.clone(leaf) if isinstance(leaf, nnx.Module) else leaf for leaf in leaves]
         for model in fresh:
@@ -491,11 +488,6 @@ def _tappable(loss: Callable[..., Any], args: tuple[Any, ...], layers: tuple[typ
             return loss(*jax.tree.unflatten(treedef, fresh))
 
     return run
-
-
-def _method_of(module: Any) -> str:
-    """Where a layer takes its input: of one with BatchNorm before it, where its activation does."""
-    return "activate" if isinstance(module, BEHIND_BATCH_NORM) else "__call__"
 
 
 def _modules(model: nnx.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:

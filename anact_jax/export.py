@@ -38,13 +38,12 @@ def running_stats(layer: Trained) -> Stats:
     return Stats(**{name: jnp.asarray(_variable(layer, layer.collection, name)) for name in names})
 
 
-def constants(layer: Trained | linen.BatchNormAct | nnx.BatchNormAct) -> Normalization:
+def constants(layer: Trained) -> Normalization:
     """Factor and shift that a trained layer applies in inference, the learned correction included.
 
     Args:
-        layer: an NNX `ANAct` or `BatchNormAct`, or a Linen one bound to its variables:
-            `layer.bind({"batch_stats": ...})` with what `model.init` and training put under the layer's name; of a
-            learned form and of `BatchNormAct` its `"params"` too.
+        layer: an NNX `ANAct`, or a Linen one bound to its variables: `layer.bind({"batch_stats": ...})` with what
+            `model.init` and training put under the layer's name; of a learned form its `"params"` too.
 
     Returns:
         `Normalization` of the statistics' shape. Before training it is that of a standard normal input.
@@ -58,8 +57,6 @@ def constants(layer: Trained | linen.BatchNormAct | nnx.BatchNormAct) -> Normali
         >>> [round(float(value), 3) for value in constants(layer.bind(variables))]
         [1.713, 0.399]
     """
-    if isinstance(layer, linen.BatchNormAct | nnx.BatchNormAct):
-        return layer.normalization()
     form, alpha = Form.parse(layer.form), None
     if form.learned:
         held: Any = _variable(layer, "params", "alpha") if isinstance(layer, linen.ANAct) else layer.alpha

@@ -14,9 +14,7 @@ from jaxtyping import Array, Float, Shaped
 
 from anact_jax import activations
 from anact_jax.activations import tempered
-from anact_jax.closed import BEHIND_BATCH_NORM, applied_behind, behind_batch_norm, check_closed, closed_normalization
-from anact_jax.elementwise import Activation, by_reference, wide_dtype
-from anact_jax.factors import Normalization
+from anact_jax.elementwise import Activation, by_reference
 from anact_jax.form import DEFAULT, Form
 from anact_jax.running import check_momentum
 from anact_jax.statistics import Stats, canonical_axes
@@ -232,81 +230,7 @@ class ANAct(nn.Module):
             )
 
 
-class BatchNormAct(nn.BatchNorm):
-    """`nn.BatchNorm` and a normalized activation behind it, as one layer that measures nothing but BatchNorm's own.
-
-    What BatchNorm gives out has in each channel the mean beta (its `bias`) and the deviation
-    `|gamma| sqrt(v / (v + epsilon))` (gamma its `scale`, v its running variance), so that factor and shift of
-    `lambda * (f(x) - c)` follow from parameters: see `anact_jax.closed_normalization`. They follow training, and are
-    the same in training and inference.
-
-    It takes all that `nn.BatchNorm` takes, and holds the same parameters and statistics under the same names: a
-    checkpoint of BatchNorm loads into a layer of the same name. Behind LayerNorm or GroupNorm nothing is known of a
-    channel; use `ANAct` there.
-
-    Attributes:
-        fn: as in `ANAct`.
-        form: a `Form` or its text. `feature_axes` are those of BatchNorm's `axis`, or `()` for one factor a layer;
-            `"unit"` needs `()`.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> layer = BatchNormAct(fn=jax.nn.relu, use_running_average=False)
-        >>> x = jnp.ones((8, 4)) * jnp.arange(8.0)[:, None]
-        >>> variables = layer.init(jax.random.key(0), x)
-        >>> sorted(variables["params"]), sorted(variables["batch_stats"])
-        (['bias', 'scale'], ['mean', 'var'])
-        >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
-    """
-
-    fn: Activation = activations.swish
-    form: Form | str = BEHIND_BATCH_NORM
-
-    def __post_init__(self) -> None:
-        check_activation(self.fn, type(self).__name__)
-        object.__setattr__(self, "form", Form.parse(self.form))
-        check_closed(Form.parse(self.form))
-        super().__post_init__()
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "*shape"],
-        use_running_average: bool | None = None,
-        *,
-        mask: Shaped[Array, "..."] | None = None,
-    ) -> Float[Array, "*shape"]:
-        """Normalized activation of BatchNorm(x), in x's shape; the arguments are those of `nn.BatchNorm`."""
-        y = super().__call__(x, use_running_average, mask=mask)
-        form = Form.parse(self.form)
-        if form.learned:
-            features = self.get_variable("batch_stats", "var").shape if form.axes else ()
-            self.param("alpha", nn.initializers.zeros, features)
-        return self.activate(y)
-
-    @property
-    def activation(self) -> Activation:
-        """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
-        return tempered(function_of(self), Form.parse(self.form).nonlinearity)
-
-    def activate(self, y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The normalized activation alone, of what BatchNorm gives out."""
-        return applied_behind(function_of(self, y), y, self.axis, Form.parse(self.form), self.normalization(y.dtype))
-
-    def normalization(self, dtype: DTypeLike = jnp.float32) -> Normalization:
-        """Factor and shift that follow from the layer's parameters, for an input of this dtype."""
-        form = Form.parse(self.form)
-        mean, std = behind_batch_norm(
-            self.get_variable("params", "scale") if self.use_scale else None,
-            self.get_variable("params", "bias") if self.use_bias else None,
-            jnp.asarray(self.get_variable("batch_stats", "var"), wide_dtype(dtype)),
-            self.epsilon,
-        )
-        alpha = self.get_variable("params", "alpha") if form.learned else None
-        return closed_normalization(function_of(self), mean, std, form, alpha=alpha)
-
-
-def function_of(layer: ANAct | BatchNormAct, x: Array | None = None) -> Activation:
+def function_of(layer: ANAct, x: Array | None = None) -> Activation:
     """A layer's `fn`; of a Linen module, what it computes with its parameters, which `init` makes for this x."""
     if not isinstance(layer.fn, nn.Module):
         return layer.fn

@@ -14,9 +14,7 @@ from jaxtyping import Array, Float, Shaped
 
 from anact_jax import activations
 from anact_jax.activations import tempered
-from anact_jax.closed import BEHIND_BATCH_NORM, applied_behind, behind_batch_norm, check_closed, closed_normalization
-from anact_jax.elementwise import Activation, by_reference, wide_dtype
-from anact_jax.factors import Normalization
+from anact_jax.elementwise import Activation, by_reference
 from anact_jax.form import DEFAULT, Form
 from anact_jax.running import check_momentum
 from anact_jax.statistics import Stats, canonical_axes
@@ -187,69 +185,6 @@ class ANAct(nnx.Module):
                 f"got {features}"
             )
         return sizes
-
-
-class BatchNormAct(nnx.BatchNorm):
-    """`nnx.BatchNorm` and a normalized activation behind it, as one layer that measures nothing but BatchNorm's own.
-
-    The same numbers as `anact_jax.linen.BatchNormAct`, whose docstring describes it. `fn` and `form` come beside the
-    options of `nnx.BatchNorm`; `fn` may be an NNX module.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> from flax import nnx
-        >>> layer = BatchNormAct(4, fn=jax.nn.relu, rngs=nnx.Rngs(0))
-        >>> layer.train()
-        >>> layer(jnp.ones((8, 4)) * jnp.arange(8.0)[:, None]).shape
-        (8, 4)
-    """
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        fn: Activation = activations.swish,
-        form: Form | str = BEHIND_BATCH_NORM,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ) -> None:
-        check_activation(fn, type(self).__name__)
-        self.form = Form.parse(form)
-        check_closed(self.form)
-        super().__init__(num_features, rngs=rngs, **options)
-        self.fn = fn
-        features = (num_features,) if self.form.axes else ()
-        self.alpha = nnx.Param(jnp.zeros(features)) if self.form.learned else None
-
-    def __call__(
-        self,
-        x: Float[Array, "*shape"],
-        use_running_average: bool | None = None,
-        *,
-        mask: Shaped[Array, "..."] | None = None,
-    ) -> Float[Array, "*shape"]:
-        """Normalized activation of BatchNorm(x), in x's shape; the arguments are those of `nnx.BatchNorm`."""
-        return self.activate(super().__call__(x, use_running_average, mask=mask))
-
-    @property
-    def activation(self) -> Activation:
-        """What is normalized: `fn`, tempered where the form's `nonlinearity` asks for it."""
-        return tempered(self.fn, self.form.nonlinearity)
-
-    def activate(self, y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The normalized activation alone, of what BatchNorm gives out."""
-        return applied_behind(self.fn, y, self.axis, self.form, self.normalization(y.dtype))
-
-    def normalization(self, dtype: DTypeLike = jnp.float32) -> Normalization:
-        """Factor and shift that follow from the layer's parameters, for an input of this dtype."""
-        mean, std = behind_batch_norm(
-            None if self.scale is None else self.scale[...],
-            None if self.bias is None else self.bias[...],
-            self.var[...].astype(wide_dtype(dtype)),
-            self.epsilon,
-        )
-        alpha = None if self.alpha is None else self.alpha[...]
-        return closed_normalization(self.fn, mean, std, self.form, alpha=alpha)
 
 
 class NReLU(ANAct):

@@ -11,15 +11,16 @@ from typing import Annotated, Any, TypeVar
 from tyro.conf import arg
 
 from anact_jax import ACTIVATIONS, RULES, Form
-from anact_jax.closed import BEHIND_BATCH_NORM, check_closed
 from experiments.cli import at_home
 from experiments.data import DATASETS, Augmentation, Dataset, load, with_subset
-from experiments.networks import BEHIND, INITS, MODELS, NORMS, STEMS, ActivationName, check_name
+from experiments.networks import INITS, MODELS, NORMS, STEMS, ActivationName, check_name
 
 Kind = TypeVar("Kind", bound="Settings")
 OPTIMIZERS = ("sgd", "adam")
 SETTINGS = "config.json"  # file in a run's folder
 DTYPES = ("float32", "bfloat16")
+LAST_WITH_CLOSED_FORM = "e6f5b91"
+"""The commit at which factors can follow from the parameters of batch normalization."""
 _BEFORE_ADDED: Mapping[str, Any] = MappingProxyType(
     {"dtype": "float32", "nesterov": False, "label_smoothing": 0.0, "mixup": 0.0, "clip_norm": None, "ema": 0.0}
 )
@@ -161,13 +162,6 @@ class Network(Parts):
         ),
     ] = "default"
     norm: Annotated[str, arg(help=f"normalization layer: {_one_of(*NORMS)}")] = "batch"
-    behind: Annotated[
-        str,
-        arg(
-            help="normalized activations directly behind norm batch: closed (from its parameters, form default is then "
-            f"{BEHIND_BATCH_NORM}, activations elsewhere are plain) or measured (all of them, on each batch)"
-        ),
-    ] = "closed"
 
     @property
     def unheeded(self) -> frozenset[str]:
@@ -176,35 +170,21 @@ class Network(Parts):
         heeded = {
             "form": normalized,
             "activation_momentum": normalized,
-            "behind": normalized and self.norm == "batch",
             "norm_momentum": self.norm == "batch",
             "group_size": self.norm == "group",
         }
         return frozenset(name for name, has_effect in heeded.items() if not has_effect)
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether activations are normalized by the parameters of the batch normalization before them."""
-        return "behind" not in self.unheeded and self.behind == "closed"
-
-    @property
-    def form_taken(self) -> Form:
-        """The form, of which the default is another in closed form."""
-        return BEHIND_BATCH_NORM if self.is_closed and self.form == "default" else Form.parse(self.form)
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
         super().check()
         check_name("model", self.model, MODELS)
         check_name("norm", self.norm, NORMS)
-        check_name("behind", self.behind, BEHIND)
         Form.parse(self.form)
         for field in dataclasses.fields(Network):
             if field.name in self.unheeded and getattr(self, field.name) != field.default:
                 sort = f"activation {self.activation!r} and norm {self.norm!r}"
-                raise ValueError(f"{field.name} has no effect with {sort}; leave it out")
-        if self.is_closed:
-            check_closed(self.form_taken)
+                raise ValueError(f"{field.name} has no effect with {sort}; leave it out, or at {field.default!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,10 +255,10 @@ class Recipe(Training, Network, Data):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Its settings by name, as JSON holds them: the form spelled out, None where it or `behind` has no effect."""
+        """Its settings by name, as JSON holds them: the form spelled out, None where it has no effect."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
-        spelled = {"activation": str(ActivationName.parse(self.activation)), "form": str(self.form_taken)}
-        return settings | spelled | dict.fromkeys({"form", "behind"} & self.unheeded)
+        form = None if "form" in self.unheeded else str(Form.parse(self.form))
+        return settings | {"activation": str(ActivationName.parse(self.activation)), "form": form}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,8 +316,8 @@ class Experiment(Run, Recipe):
 
     def check_same_run(self, saved: Mapping[str, Any], where: Path) -> None:
         """Raises ValueError, naming the settings that differ, unless a run with these saved settings can go on."""
-        before, now = with_added(saved), self.recipe
-        free = ("activation", "form", "behind") if self.fresh_statistics else ()
+        before, now = with_added(saved, where), self.recipe
+        free = ("activation", "form") if self.fresh_statistics else ()
         differing = [
             f"{name} {before.get(name)!r}, now {value!r}"
             for name, value in now.items()
@@ -350,10 +330,19 @@ class Experiment(Run, Recipe):
             )
 
 
-def with_added(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved settings, and what those were that did not exist when they were saved."""
-    measured = saved.get("norm") == "batch" and saved.get("form") is not None
-    return {**_BEFORE_ADDED, "behind": "measured" if measured else None, **saved}
+def with_added(saved: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Saved settings, and what those were that did not exist when they were saved.
+
+    Raises:
+        ValueError: their factors followed from the parameters of batch normalization, which nothing does today.
+    """
+    settings = {**_BEFORE_ADDED, **saved}
+    if settings.pop("behind", None) == "closed":
+        raise ValueError(
+            f"{where} took its factors from the parameters of batch normalization (behind 'closed'); "
+            f"commit {LAST_WITH_CLOSED_FORM} is the last that reads it"
+        )
+    return settings
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -379,7 +368,7 @@ def read_experiment(path: Path) -> Experiment:
     Raises:
         ValueError: they are not settings of this program, or one is not what it has to be.
     """
-    settings = with_added(read_settings(path))
+    settings = with_added(read_settings(path), path)
     unknown = settings.keys() - {field.name for field in dataclasses.fields(Experiment)}
     if unknown:
         raise ValueError(f"{path} has settings that this program does not know: {', '.join(sorted(unknown))}")

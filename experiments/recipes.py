@@ -26,7 +26,13 @@ class Known(NamedTuple):
 
 
 _CIFAR100 = Experiment(
-    dataset="cifar100", model="resnet18", learning_rate=0.1, batch_size=128, epochs=200, warmup_epochs=1.0
+    dataset="cifar100",
+    model="resnet18",
+    form="published",
+    learning_rate=0.1,
+    batch_size=128,
+    epochs=200,
+    warmup_epochs=1.0,
 )
 _ABSTRACT = (
     "published: normalized Swish above Swish by {} points (arXiv 2208.13315, abstract; absolute values not at hand)"

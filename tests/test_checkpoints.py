@@ -347,7 +347,7 @@ def test_a_run_with_other_settings_is_refused(steps, interrupted):
     other = dataclasses.replace(SETTINGS, learning_rate=0.1, activation="swish", workers=7)
     with pytest.raises(
         ValueError,
-        match=r"'nswish', now 'swish'; form 'forward.*', now None; behind .*, now None; learning_rate 0.05, now",
+        match=r"'nswish', now 'swish'; form 'forward.*', now None; learning_rate 0.05, now",
     ):
         go_on(steps, interrupted, other)
 

@@ -81,7 +81,7 @@ def outcome(validation, test=None, diverged=False):
 
 
 def cell(seed=0, rate=0.1, on_test=True, **settings):
-    usual = {"validation_images": 360, "behind": "measured"}
+    usual = {"validation_images": 360}
     return Cell(Recipe(learning_rate=rate, seed=seed, **(usual | settings)), on_test)
 
 
@@ -140,8 +140,6 @@ def test_the_key_of_a_cell_spells_the_form_out():
     assert cell(form="default").key == cell(form=str(DEFAULT)).key != cell(form="published").key
     assert cell(activation="swish").key == cell(activation="swish", form="published").key  # of no meaning there
     assert cell(momentum=0.8).key != cell().key
-    assert cell(behind="closed").key == cell(behind="closed", form="published").key != cell(form="published").key
-    assert cell(norm="none").key == cell(norm="none", behind="closed").key  # of no meaning there
     assert cell(on_test=False).key != cell().key
     assert cell()._replace(variation="another").key != cell().key
 
@@ -150,6 +148,16 @@ def test_a_variation_that_lost_names_the_commit_that_runs_it(tmp_path):
     lost = cell(model="mlp5")._replace(variation="mean+center+unit+diff+feature+lag")
     with pytest.raises(ValueError, match=r"experiments/compare\.py of commit ce3e8fc runs it"):
         run_cells([lost], Results(tmp_path / "results.jsonl"), Storage(), network_of)
+    closed = cell(model="mlp5")._replace(variation="closed, plain after additions")
+    with pytest.raises(ValueError, match=r"experiments/studies/compare\.py of commit e6f5b91 runs it"):
+        run_cells([closed], Results(tmp_path / "results.jsonl"), Storage(), network_of)
+
+
+@pytest.mark.parametrize("old", [{"behind": "measured"}, {"behind": None}, {}])
+def test_rows_with_settings_of_old_are_found(tmp_path, old):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps({"cell": cell().settings | old, "outcome": outcome(0.5)}) + "\n")
+    assert Results(path).get(cell()) == outcome(0.5)
 
 
 @pytest.mark.slow

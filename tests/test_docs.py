@@ -88,7 +88,6 @@ def test_every_page_stands_in_the_navigation():
 @pytest.mark.parametrize(
     ("shown", "drawn"),
     [
-        ("closed_factor", "behind_batch_norm/closed_factor"),
         ("cost", "cost/cost"),
         ("default", "default"),
     ],

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 
 import flax.linen as nn
@@ -8,8 +7,7 @@ import numpy as np
 import pytest
 
 from anact_jax import DEFAULT, PUBLISHED, activation_stats, tempered
-from anact_jax.closed import BEHIND_BATCH_NORM
-from anact_jax.linen import ANAct, BatchNormAct
+from anact_jax.linen import ANAct
 from experiments.config import Recipe
 from experiments.data import load
 from experiments.networks import (
@@ -159,24 +157,12 @@ def test_gains_lists_every_activation_in_order_of_execution():
     np.testing.assert_allclose((low, high), (min(factors), max(factors)), rtol=1e-5)
 
 
-def test_a_recipe_with_batch_norm_measures_no_activation_unless_asked():
-    recipe, dataset = Recipe(model="resnet20"), load("digits")
-    closed = make_network(recipe, dataset)
-    images = jnp.zeros((4, 8, 8, 1))
+def test_a_recipe_with_batch_norm_measures_everywhere():
+    model = make_network(Recipe(model="resnet20"), load("digits"))
     seen = []
-    with on_each(ANAct | BatchNormAct | Plain, lambda module, x: seen.append(module)):
-        variables = jax.eval_shape(lambda: initialized(closed, images))
-    assert len([module for module in seen if isinstance(module, Plain)]) == 9  # behind the additions
-    forms = {module.form for module in seen if isinstance(module, BatchNormAct)}
-    assert forms == {BEHIND_BATCH_NORM}
-    plain = make_network(dataclasses.replace(recipe, activation="swish"), dataset)
-    count = len(jax.tree.leaves(variables["batch_stats"]))
-    assert count == len(jax.tree.leaves(jax.eval_shape(lambda: initialized(plain, images))["batch_stats"]))
-    seen.clear()
-    with on_each(ANAct | BatchNormAct | Plain, lambda module, x: seen.append(module)):
-        jax.eval_shape(
-            lambda: initialized(make_network(dataclasses.replace(recipe, behind="measured"), dataset), images)
-        )
+    with on_each(ANAct | Plain, lambda module, x: seen.append(module)):
+        jax.eval_shape(lambda: initialized(model, jnp.zeros((4, 8, 8, 1))))
+    assert len(seen) == 19
     assert {(type(module), module.form) for module in seen} == {(ANAct, DEFAULT)}
 
 

@@ -11,7 +11,6 @@ from PIL import Image
 from test_train_resnet import DATASET, config, small_model
 
 from anact_jax import DEFAULT
-from anact_jax.closed import BEHIND_BATCH_NORM
 from experiments import inspect_runs, predict, train_resnet
 from experiments.config import SETTINGS, Experiment, read_experiment
 from experiments.data import load
@@ -254,17 +253,29 @@ def test_settings_come_back_as_they_were_written(tmp_path):
     train_resnet.prepare_workdir(tmp_path, config)
     assert read_experiment(tmp_path) == config
     train_resnet.prepare_workdir(tmp_path, dataclasses.replace(config, form="default"))
-    assert read_experiment(tmp_path).form == str(BEHIND_BATCH_NORM)  # spelled out: the default may change
-    train_resnet.prepare_workdir(tmp_path, dataclasses.replace(config, form="default", norm="none"))
-    assert read_experiment(tmp_path).form == str(DEFAULT)
+    assert read_experiment(tmp_path).form == str(DEFAULT)  # spelled out: the default may change
 
 
-def test_settings_from_before_there_was_a_closed_form_mean_the_measured_one(tmp_path):
-    config = Experiment(behind="measured")
-    saved = json.loads(config.to_json())
-    del saved["behind"], saved["mixup"]
+@pytest.mark.parametrize("old", [{"behind": "measured"}, {"behind": None}, {}])
+def test_settings_of_old_runs_are_read(tmp_path, old):
+    config = Experiment()
+    saved = json.loads(config.to_json()) | old
+    del saved["mixup"]
     (tmp_path / SETTINGS).write_text(json.dumps(saved))
     assert read_experiment(tmp_path).recipe == config.recipe
+    config.check_same_run(saved, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("program", "option"), [(predict, ()), (inspect_runs, ()), (train_resnet, ("--no-compare", "--workdir"))]
+)
+def test_a_run_in_closed_form_names_its_last_commit(tmp_path, program, option, refused):
+    saved = json.loads(Experiment().to_json()) | {"behind": "closed"}
+    (tmp_path / SETTINGS).write_text(json.dumps(saved))
+    message = (
+        "took its factors from the parameters of batch normalization (behind 'closed'); commit e6f5b91 is the last"
+    )
+    refused(program, *option, tmp_path, message=f"{tmp_path} {message} that reads it")
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, run_main):

@@ -75,5 +75,3 @@ def test_cost_is_that_of_the_benchmark():
     said = "takes {} of one with BatchNorm and Swish in ResNet-20, {} in ResNet-50, {} in 30 dense layers"
     assert said.format(*of_batch_norm.split(", ")) in README
     assert f"(of plain Swish {of_plain})" in README
-    closed = ratios("BatchNormAct, swish", "of BatchNorm", three[:2]).replace(", ", " and ")
-    assert f"`BatchNormAct` takes {closed} of BatchNorm and Swish" in README

@@ -9,17 +9,22 @@ from anact_jax import Form
 from experiments.benchmarks import cost
 from experiments.cli import table_row
 from experiments.studies.default_form import Config, forms_table, report, rows_of, short_table, ways_table
-from experiments.studies.grid import Results
-from experiments.studies.tables import arrange, markdown_table
+from experiments.studies.grid import CLOSED_FORM, Results
+from experiments.studies.tables import Side, arrange, markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 DETAILS = (ROOT / "docs" / "results" / "details.md").read_text()
 PAGE = (ROOT / "docs" / "results" / "index.md").read_text()
+GUIDE = (ROOT / "docs" / "how-to" / "batch-norm.md").read_text()
 
 
 def results_of(study):
     return Results(RESULTS / study / "results.jsonl")
+
+
+def at_rates(*sides):
+    return [f"{runs.accuracy()} at {runs.rate:g}" for runs in sides]
 
 
 @pytest.mark.parametrize("study", ["digits", "fashion_mnist"])
@@ -47,22 +52,47 @@ def test_choice_and_verdict_of_the_default():
         assert report(rows) in DETAILS
 
 
-def test_verdict_behind_batch_norm():
-    differences = {}
+def test_closed_forms_and_their_control():
+    """The control is BatchNorm, then the tempered activation."""
+    rows, control = 0, {}
     for study in ("verdict", "digits_behind"):
         for place, table in arrange(results_of(study)).items():
             for side, column in table.items():
-                if side.variation == "closed, plain after additions":
-                    for name, runs in column.items():
-                        plain = table[side.plain][name]
-                        difference = runs.against(plain).signed
-                        cells = (f"{each.accuracy()} at {each.rate:g}" for each in (plain, runs))
-                        assert table_row(name, *cells, difference) in DETAILS
-                        differences[study, place.model, name] = difference
-    assert len(differences) == 32
-    columns = [(study, model) for model in ("resnet20", "mlp30") for study in ("verdict", "digits_behind")]
-    for name in {name for _, _, name in differences}:
-        assert table_row(name, *(differences[*column, name] for column in columns)) in PAGE
+                if side.variation != CLOSED_FORM[0]:
+                    continue
+                others = table.get(side.plain._replace(variation="tempered"), {})
+                for name, closed in column.items():
+                    rows += 1
+                    plain, tempered = table[side.plain][name], others.get(name)
+                    if place.model in ("resnet20", "mlp30"):
+                        cells = at_rates(plain, closed)
+                        assert table_row(name, *cells, closed.against(plain).signed) in DETAILS
+                    if tempered is not None:
+                        control[place.model, place.dataset, name, side.form] = plain, tempered, closed
+                        cells = at_rates(plain, tempered, closed)
+                        named = f"{place.model}, {place.dataset}", name, side.form
+                        assert table_row(*named, *cells, closed.against(tempered).signed) in DETAILS
+    assert (rows, len(control)) == (38, 22)
+    form = "forward+center+unit+diff+nu0.1"
+    for name in ("swish", "relu", "tanh", "gelu", "mish", "elu", "leaky_relu", "softplus"):
+        both = [control["mlp30", dataset, name, form] for dataset in ("fashion_mnist", "digits")]
+        gains = ((t.against(plain).signed, closed.against(t).signed) for plain, t, closed in both)
+        assert table_row(name, *(cell for pair in gains for cell in pair)) in PAGE
+        assert table_row(name, *(str(runs.accuracy()) for sides in both for runs in sides)) in GUIDE
+
+
+def test_constants_after_batch_norm():
+    (table,) = (t for place, t in arrange(results_of("verdict")).items() if place[::7] == ("mnist1d", "resmlp16"))
+    plain = Side("batch", "lecun", None)
+    for name in ("swish", "relu", "tanh"):
+        sides = (
+            plain,
+            plain._replace(variation="frozen"),
+            Side("batch", "lecun", "mean+center+feature", CLOSED_FORM[0]),
+        )
+        runs, frozen, closed = (table[side][name] for side in sides)
+        differences = frozen.against(runs).signed, closed.against(frozen).signed
+        assert table_row(name, *at_rates(runs, frozen, closed), *differences) in DETAILS
 
 
 def test_page_is_short():

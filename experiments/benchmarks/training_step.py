@@ -21,8 +21,7 @@ SIDES: Mapping[str, dict[str, Any]] = {
     "NSwish": {"activation": "nswish", "norm": "none"},
     "NSwish, constants": {"activation": "nswish", "norm": "none", "form": str(DEFAULT.replace(stop_gradient=True))},
     BATCH_NORM: {"activation": "swish", "norm": "batch"},
-    "BatchNormAct, swish": {"activation": "nswish", "norm": "batch"},
-    "BatchNorm, NSwish": {"activation": "nswish", "norm": "batch", "behind": "measured"},
+    "BatchNorm, NSwish": {"activation": "nswish", "norm": "batch"},
 }
 
 

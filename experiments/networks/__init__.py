@@ -8,7 +8,6 @@ import flax.linen as nn
 
 from experiments.networks.cnn import VGG, PlainCNN
 from experiments.networks.layers import (
-    BEHIND,
     INITS,
     NORMS,
     Join,
@@ -16,7 +15,6 @@ from experiments.networks.layers import (
     Layers,
     Plain,
     activation_layer,
-    in_closed_form,
     make_layers,
     on_each,
 )
@@ -25,7 +23,6 @@ from experiments.networks.names import ActivationName, check_name
 from experiments.networks.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet, WideResNet
 
 __all__ = [
-    "BEHIND",
     "CHAINS",
     "INITS",
     "MODELS",
@@ -38,7 +35,6 @@ __all__ = [
     "Plain",
     "activation_layer",
     "check_name",
-    "in_closed_form",
     "make_layers",
     "make_model",
     "on_each",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from experiments.config import Network
 from experiments.data import Dataset
-from experiments.networks import Layers, in_closed_form, make_layers, make_model
+from experiments.networks import Layers, make_layers, make_model
 
 
 def layers_of(network: Network) -> Layers:
@@ -17,19 +17,16 @@ def layers_of(network: Network) -> Layers:
     Raises:
         ValueError: a name is unknown.
     """
-    layers = make_layers(
+    return make_layers(
         network.activation,
         network.norm,
         init=network.init,
         norm_momentum=network.norm_momentum,
         group_size=network.group_size,
         dtype=None if network.dtype == "float32" else network.dtype,
-        form=network.form_taken,
+        form=network.form,
         momentum=network.activation_momentum,
     )
-    if network.is_closed:
-        layers = in_closed_form(layers, network.activation, network.form_taken)
-    return layers
 
 
 def make_network(network: Network, dataset: Dataset, layers: Layers | None = None) -> nn.Module:

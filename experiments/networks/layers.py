@@ -11,11 +11,10 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from anact_jax import ACTIVATIONS, Activation, Form
-from anact_jax.linen import ANAct, BatchNormAct
+from anact_jax import ACTIVATIONS, Activation
+from anact_jax.linen import ANAct
 from experiments.networks.names import ActivationName, check_name
 
-BEHIND = ("closed", "measured")
 INITS = {"lecun": 1.0, "he": 2.0}  # variance of a weight times fan-in
 NORMS = ("batch", "group", "layer", "none")
 
@@ -38,8 +37,6 @@ class Layers(NamedTuple):
         norm: takes `use_running_average`; makes a normalization layer.
         act: takes `use_running_average`; makes an activation.
         join: takes the number of activations in a branch; adds the branch to its shortcut.
-        norm_act: takes `use_running_average`; makes both as one layer, where an activation stands directly behind a
-            normalization layer. None: `act` behind `norm`.
     """
 
     conv: Callable[..., Layer]
@@ -47,15 +44,12 @@ class Layers(NamedTuple):
     norm: Callable[[bool], Layer]
     act: Callable[[bool], Layer]
     join: Callable[[int], Callable[[Array, Array], Array]]
-    norm_act: Callable[[bool], Layer] | None = None
 
     def in_mode(self, train: bool) -> "InMode":
         """The makers of layers that are others in training than in inference."""
         norm, act = functools.partial(self.norm, not train), functools.partial(self.act, not train)
 
         def norm_act() -> Layer:
-            if self.norm_act is not None:
-                return self.norm_act(not train)
             first, then = norm(), act()
             return lambda x: then(first(x))
 
@@ -63,7 +57,7 @@ class Layers(NamedTuple):
 
 
 class InMode(NamedTuple):
-    """Makers from `Layers`, for training or for inference: of a normalization layer, an activation, and both."""
+    """Makers from `Layers`, for training or for inference: of a normalization layer, an activation, both in turn."""
 
     norm: Callable[[], Layer]
     act: Callable[[], Layer]
@@ -95,22 +89,12 @@ class Join(nn.Module):
 
 
 def on_each(kind: type | types.UnionType, visit: Callable[[Any, Array], None]) -> AbstractContextManager[None]:
-    """While this context lasts, `visit` is given each module of a kind that is called, and its input.
-
-    Once a call: a module that calls what it inherits from is not visited again for that.
-    """
-    within: list[nn.Module] = []
+    """While this context lasts, `visit` is given each module of a kind that is called, and its input."""
 
     def on_call(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module = context.module
-        if not isinstance(module, kind) or context.method_name != "__call__" or any(m is module for m in within):
-            return call(*args, **kwargs)
-        visit(module, args[0])
-        within.append(module)
-        try:
-            return call(*args, **kwargs)
-        finally:
-            within.pop()
+        if isinstance(context.module, kind) and context.method_name == "__call__":
+            visit(context.module, args[0])
+        return call(*args, **kwargs)
 
     return nn.intercept_methods(on_call)
 
@@ -178,21 +162,3 @@ def make_layers(
         act=activation_layer(activation, **activation_options),
         join=Join,
     )
-
-
-def in_closed_form(layers: Layers, activation: str, form: Form | str) -> Layers:
-    """The same, but each activation directly behind batch normalization is one `BatchNormAct` with it, others plain.
-
-    Args:
-        layers: with batch normalization.
-        activation: its name, plain or normalized.
-        form: of the layers.
-    """
-    fn = ACTIVATIONS[ActivationName.parse(activation).base]
-
-    def norm_act(inference: bool) -> BatchNormAct:
-        norm: Any = layers.norm(inference)
-        options = {name: getattr(norm, name) for name in ("use_running_average", "momentum", "dtype")}
-        return BatchNormAct(**options, fn=fn, form=form)
-
-    return layers._replace(norm_act=norm_act, act=lambda inference: Plain(fn))

@@ -92,7 +92,7 @@ class Config(Storage, Training, Parts, Data):
             normalized = ActivationName.parse(name).normalized
             known = VARIATIONS_OF_FORMS if normalized else VARIATIONS
             for form in self.forms if normalized else ("default",):  # of no meaning
-                recipe = Recipe.part_of(self, model=model, norm=norm, activation=name, form=form, behind="measured")
+                recipe = Recipe.part_of(self, model=model, norm=norm, activation=name, form=form)
                 for variation in ("", *(name for name in self.variations if name in known)):
                     yield Cell(recipe, on_test=False, variation=variation)
 

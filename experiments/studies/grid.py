@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from experiments.config import Data, Recipe, Storage, with_added
+from experiments.config import LAST_WITH_CLOSED_FORM, Data, Recipe, Storage, with_added
 from experiments.data import Dataset
 from experiments.studies.ensemble import training
 from experiments.training.loop import evaluate
@@ -23,6 +23,8 @@ from experiments.training.steps import Steps, make_steps, steps_per_epoch
 
 LAST_WITH_ALL_VARIATIONS = "ce3e8fc"
 """The commit at which variations that lost can be run again, as flags of experiments/compare.py."""
+CLOSED_FORM = ("closed, plain after additions", "closed, measured after additions")
+"""Variations of forms whose factors follow from the parameters of batch normalization."""
 
 
 class Cell(NamedTuple):
@@ -58,10 +60,10 @@ NetworkOf: TypeAlias = Callable[[Recipe, str, Dataset], nn.Module]
 
 def not_run_today(variation: str) -> ValueError:
     """The error to raise for a variation that no study knows."""
-    return ValueError(
-        f"variation {variation!r} is kept in the results only; experiments/compare.py of commit "
-        f"{LAST_WITH_ALL_VARIATIONS} runs it"
-    )
+    compare, commit = "experiments/compare.py", LAST_WITH_ALL_VARIATIONS
+    if variation in CLOSED_FORM:
+        compare, commit = "experiments/studies/compare.py", LAST_WITH_CLOSED_FORM
+    return ValueError(f"variation {variation!r} is kept in the results only; {compare} of commit {commit} runs it")
 
 
 class Results:
@@ -77,7 +79,7 @@ class Results:
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
-                settings = with_added(record["cell"])
+                settings = with_added(record["cell"], path)
                 self._outcomes[json.dumps(settings, sort_keys=True)] = record["outcome"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: not a finished cell; remove that line") from error

@@ -37,12 +37,11 @@ SETTINGS = MappingProxyType(
 CLAIMED = MappingProxyType({"tiny_imagenet": 1.4, "cifar100": 1.2})
 """Points of accuracy by which normalized Swish is above Swish there, in the paper's abstract."""
 PLAIN = "BatchNorm, swish"
-_MEASURED: dict[str, Any] = {"norm": "batch", "activation": "nswish", "behind": "measured"}
 SIDES: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {
-        PLAIN: {"norm": "batch", "activation": "swish"},
-        "BatchNorm, normalized, published form": _MEASURED | {"form": "published"},
-        "BatchNorm, normalized, default form": _MEASURED,
+        PLAIN: {"norm": "batch", "activation": "swish", "form": "default"},
+        "BatchNorm, normalized, published form": {"norm": "batch", "activation": "nswish", "form": "published"},
+        "BatchNorm, normalized, default form": {"norm": "batch", "activation": "nswish", "form": "default"},
         "normalized, default form": {"norm": "none", "activation": "nswish", "form": "default"},
     }
 )

@@ -18,7 +18,7 @@ from anact_jax import ACTIVATIONS, Activation, gaussian_stats, normalization, te
 from anact_jax.linen import ANAct
 from experiments.config import Recipe
 from experiments.data import Dataset
-from experiments.networks import Join, Layers, Plain, in_closed_form, on_each
+from experiments.networks import Join, Layers, Plain, on_each
 from experiments.networks.build import layers_of, make_network
 from experiments.studies.ensemble import conv_by_matmul, for_ensemble
 from experiments.studies.grid import not_run_today
@@ -185,18 +185,8 @@ def _with_magnitudes_kept(recipe: Recipe, layers: Layers, dataset: Dataset) -> L
     )
 
 
-def _closed(recipe: Recipe, layers: Layers, dataset: Dataset, after_additions: str) -> Layers:
-    """BatchNorm's own parameters instead of measurements, for each activation directly behind it."""
-    if recipe.norm != "batch":
-        raise ValueError(f"the closed form stands behind norm 'batch', not {recipe.norm!r}")
-    closed = in_closed_form(layers, recipe.activation, recipe.form)
-    return closed._replace(act=layers.act) if after_additions == "measured" else closed
-
-
 VARIATIONS_OF_FORMS: Mapping[str, Callable[[Recipe, Layers, Dataset], Layers]] = MappingProxyType(
     {
-        "closed, plain after additions": functools.partial(_closed, after_additions="plain"),
-        "closed, measured after additions": functools.partial(_closed, after_additions="measured"),
         "in a magnitude-preserving network": _with_magnitudes_kept,
     }
 )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from experiments.cli import table_head, table_row
 from experiments.networks import ActivationName
-from experiments.studies.grid import Outcome, Results
+from experiments.studies.grid import CLOSED_FORM, Outcome, Results
 from experiments.studies.intervals import Interval
 from experiments.studies.rivals import VARIATIONS_OF_FORMS
 
@@ -54,7 +54,7 @@ class Side(NamedTuple):
     @property
     def label(self) -> str:
         """What is done to the activation; empty for nothing."""
-        if self.form and self.variation in VARIATIONS_OF_FORMS:
+        if self.form and self.variation in (*VARIATIONS_OF_FORMS, *CLOSED_FORM):
             return f"{self.form}, {self.variation}"
         return self.variation or self.form or ""
 
