@@ -184,7 +184,7 @@ class Network(Parts):
         for field in dataclasses.fields(Network):
             if field.name in self.unheeded and getattr(self, field.name) != field.default:
                 sort = f"activation {self.activation!r} and norm {self.norm!r}"
-                raise ValueError(f"{field.name} has no effect with {sort}; leave it out, or at {field.default}")
+                raise ValueError(f"{field.name} has no effect with {sort}; leave it out, or at {field.default!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +334,7 @@ def with_added(saved: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """Saved settings, and what those were that did not exist when they were saved.
 
     Raises:
-        ValueError: they are of the closed form, which is no more.
+        ValueError: their factors followed from the parameters of batch normalization, which nothing does today.
     """
     settings = {**_BEFORE_ADDED, **saved}
     if settings.pop("behind", None) == "closed":

@@ -74,6 +74,7 @@ def run(model, config, log):
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--activation", "nswsh"], "Did you mean 'nswish'?"),
         (["--activation", "swish", "--form", "published"], "form has no effect with activation 'swish' and norm"),
+        (["--recipe", "resnet18_cifar100", "--activation", "swish"], "leave it out, or at 'default'"),
         (["--norm", "group", "--norm-momentum", "0.8"], "norm_momentum has no effect with activation 'nswish' and"),
         (["--seed", str(2**32)], "seed must be less than 2**31, got 4294967296"),
         (["--momentum", "1.2"], "momentum must lie in [0, 1], got 1.2"),
