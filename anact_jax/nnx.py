@@ -16,7 +16,7 @@ from anact_jax import activations
 from anact_jax.forms import Form, form_of
 from anact_jax.running import check_momentum
 from anact_jax.statistics import FactorAndShift, Stats, feature_axes
-from anact_jax.step import anact, check_activation, initial_stats, warn_of_sharing
+from anact_jax.step import anact, check_activation, check_moments, initial_stats, warn_of_sharing
 from anact_jax.tracing import Activation, by_reference, widened
 
 # What layers wrote in a trace that is under way, by identity.
@@ -118,7 +118,7 @@ class ANAct(nnx.Module):
             mask: broadcastable to x; elements where it is 0 or False are left out of the statistics.
 
         Raises:
-            ValueError: the mode is set nowhere, or the state has another width.
+            ValueError: the state is of another form, or has another width.
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
@@ -186,7 +186,9 @@ class ANAct(nnx.Module):
 
     @property
     def _variables(self) -> dict[str, nnx.BatchStat[Array]]:
-        return {name: getattr(self, name) for name in ("count", *self.form.moments)}
+        held = {name: getattr(self, name) for name in Stats._fields if hasattr(self, name)}
+        check_moments(held, self.form, type(self).__name__)
+        return {name: held[name] for name in ("count", *self.form.moments)}
 
     def _sizes(self, features: Any) -> tuple[int, ...]:
         name = type(self).__name__
