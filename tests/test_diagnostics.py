@@ -206,12 +206,12 @@ class Three(nn.Module):
         return x
 
 
-EXACT = PUBLISHED.replace(epsilon=0.0)
+EXACT = Published(epsilon=0.0)
 
 
 @pytest.mark.parametrize(
     "form",
-    [EXACT, pytest.param(EXACT.replace(rule="exact", feature_axes=-1), marks=pytest.mark.slow)],
+    [EXACT, pytest.param(EXACT.replace(rule="exact", axis=-1), marks=pytest.mark.slow)],
     ids=str,
 )
 def test_linen_gains_after_a_batch_are_those_of_that_batch(form):
@@ -227,9 +227,9 @@ def test_linen_gains_after_a_batch_are_those_of_that_batch(form):
         (row,) = linen_gains(part, own)
         assert row.name == f"act_{index}"
         z, y = (updates["intermediates"][f"{layer}_{index}"]["__call__"][0] for layer in ("Dense", "act"))
-        over = 0 if form.axes else None
+        over = 0 if form.axis is not None else None
         np.testing.assert_allclose(row.forward, np.mean(np.mean(y**2, over) / np.var(z, over)), rtol=1e-4)
-        stats = activation_stats(jax.nn.gelu, z, feature_axes=form.axes)
+        stats = activation_stats(jax.nn.gelu, z, feature_axes=form.axis is not None)
         bare = [np.mean(gain) for gain in gains(stats)]
         np.testing.assert_allclose((row.bare_forward, row.bare_backward), bare, rtol=1e-4)
         if form == EXACT and not own.learned:
@@ -277,8 +277,8 @@ def test_gains_on_a_batch_are_those_of_its_statistics_for_any_form(form):
     z = nn.Dense(6).apply({"params": variables["params"]["Dense_0"]}, x)
     f, form = tempered(jax.nn.swish, Form.parse(form).nonlinearity), Form.parse(form)
     _, running = anact(jax.nn.swish, z, initial_stats(jax.nn.swish, form, (6,)), form)
-    factor, shift = normalization(running, form)
-    stats = activation_stats(f, z, feature_axes=-1)
+    factor, shift = form.factor_and_shift(running)
+    stats = activation_stats(f, z, axis=-1)
     after = gains(stats, shift=shift)
     expected = (factor**2 * after.forward, factor**2 * after.backward, factor, shift, *gains(stats))
     np.testing.assert_allclose(row[1:], [np.mean(value) for value in expected], rtol=1e-5)
@@ -300,7 +300,7 @@ def test_gains_behind_batch_norm_are_measured_on_what_it_gives_out():
     (row,) = jax.jit(gains_on_batch(loss))(variables, x)
     y, updates = nn.BatchNorm(use_running_average=False).apply(variables, x, mutable=["batch_stats"])
     factor, shift = constants(layer.bind({**variables, **updates}))
-    stats = activation_stats(jax.nn.swish, y, feature_axes=())
+    stats = activation_stats(jax.nn.swish, y, axis=None)
     bare = gains(stats)
     expected = (factor**2 * bare.forward, factor**2 * bare.backward, factor, shift, *bare)
     np.testing.assert_allclose(row[1:], expected, rtol=1e-4)

@@ -24,7 +24,7 @@ LABELS = jnp.arange(16) % 4
 FORMS = {
     "default": DEFAULT,
     "published": PUBLISHED,
-    "exact": DEFAULT.replace(rule="exact", learned=True),
+    "exact": Standardized(rule="exact", learned=True),
     "tempered": Form.parse(ALL_MOMENTS),
 }
 
@@ -168,7 +168,7 @@ def test_mlp_of_nnx_with_factor_and_shift_folded_into_the_next_layer():
 
 @pytest.mark.parametrize("feature_axes", [-1, pytest.param((), marks=pytest.mark.slow), (1, 2)])
 def test_function_equals_linen_s_inference_and_holds_two_constants(feature_axes):
-    form = DEFAULT.replace(feature_axes=feature_axes, learned=True)
+    form = Standardized(axis=axis, learned=True)
     layer = anact_jax.linen.NGELU(form=form, use_running_average=False)
     variables = layer.init(jax.random.key(0), IMAGES)
     _, updates = layer.apply(variables, IMAGES, mutable=["batch_stats"])
@@ -199,7 +199,7 @@ def test_function_of_nnx_stays_when_the_layer_trains_on():
 
 
 def test_constants_before_training_are_those_of_a_standard_normal_input():
-    form = DEFAULT.replace(nonlinearity=None)
+    form = Standardized()
     layer = anact_jax.linen.ANAct(jnp.tanh, form=form, use_running_average=True)
     expected = normalization(gaussian_stats(jnp.tanh), form)
     found = constants(layer.bind(layer.init(jax.random.key(0), IMAGES)))
@@ -244,7 +244,7 @@ def test_without_a_shift_padding_does_not_matter(padding):
 
 
 def test_a_linen_layer_without_variables_is_told_how():
-    form = DEFAULT.replace(learned=True)
+    form = Standardized(learned=True)
     layer = anact_jax.linen.NReLU(use_running_average=True, form=form)
     for wrong in (layer, layer.bind({}), layer.bind({"batch_stats": {"NReLU_0": {}}})):
         with pytest.raises(ValueError, match=r"layer.bind\({'batch_stats': ..., 'params': ...}\)"):
@@ -257,7 +257,7 @@ def test_a_linen_layer_without_variables_is_told_how():
         as_function(layer.copy(form=form.replace(learned=False)).bind({"batch_stats": stacked}))
 
 
-FEW_AND_ALL = [DEFAULT, DEFAULT.replace(rule="backward", reference="input"), Form.parse(ALL_MOMENTS)]
+FEW_AND_ALL = [DEFAULT, Standardized(rule="backward", reference="input"), Form.parse(ALL_MOMENTS)]
 
 
 @pytest.mark.parametrize("form", FEW_AND_ALL, ids=str)
@@ -331,7 +331,7 @@ def test_training_step_is_exported_for_cpu_gpu_and_tpu_in_one(shape):
 
 def test_function_of_a_learned_activation_is_a_snapshot():
     x = IMAGES[:, 0, 0]
-    layer = anact_jax.nnx.ANAct(nnx.PReLU(), 3, form=DEFAULT.replace(nonlinearity=0.1))
+    layer = anact_jax.nnx.ANAct(nnx.PReLU(), 3, form=Standardized(tempering=0.1))
     layer(x)
     function, expected = as_function(layer), layer(x, use_running_average=True)
     layer.fn.negative_slope[...] = 0.7

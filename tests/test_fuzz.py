@@ -123,12 +123,12 @@ def test_pure_functions_stay_finite(number, signature):
     shape, _, name, _, form, options = signature
     f = ACTIVATIONS[name]
     x, mask, earlier = draws(signature, number)
-    prior = initial_stats(f, form, tuple(shape[axis] for axis in sorted(form.axes)))
+    prior = initial_stats(f, form, tuple(shape[axis] for axis in sorted(form.axis is not None)))
 
     @jax.jit
     @jax.vmap
     def case(x, mask, earlier):
-        batch = activation_stats(tempered(f, form.nonlinearity), earlier, feature_axes=form.axes, moments=form.moments)
+        batch = activation_stats(tempered(f, form.tempering), earlier, feature_axes=form.axis is not None, moments=form.moments)
         running = update_stats(prior, batch)
         y, state = anact(f, x, running, form, mask=mask, **options)
         wide, pull = jax.vjp(lambda x: anact(f, x, running, form, mask=mask, **options)[0], x.astype(jnp.float32))
@@ -145,8 +145,8 @@ def test_pure_functions_stay_finite(number, signature):
 def test_modules_stay_finite_and_agree(number, signature):
     shape, dtype, name, _, form, options = signature
     x, mask, _ = draws(signature, number)
-    form = form.replace(feature_axes=tuple(sorted(form.axes)))
-    features = tuple(shape[axis] for axis in form.axes)
+    form = form.replace(feature_axes=tuple(sorted(form.axis is not None)))
+    features = tuple(shape[axis] for axis in form.axis is not None)
     linen = anact_jax.linen.ANAct(ACTIVATIONS[name], form=form, **options)
     variables = linen.init(jax.random.key(0), jnp.zeros(shape, dtype))
 

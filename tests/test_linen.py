@@ -18,7 +18,7 @@ from anact_jax import ACTIVATIONS, DEFAULT, PUBLISHED, Form, Stats, anact, gauss
 
 # How modules thread state does not depend on their form; the published one has a single number of each kind a layer.
 ANAct, NReLU, NSwish = (
-    functools.partial(module, form=PUBLISHED)
+    functools.partial(module, form=Published())
     for module in (anact_jax.linen.ANAct, anact_jax.linen.NReLU, anact_jax.linen.NSwish)
 )
 
@@ -59,9 +59,9 @@ def test_named_modules_are_anact_of_that_function(name, module):
     variables = layer.init(jax.random.key(0), X)
     y, _ = layer.apply(variables, X, mutable=["batch_stats"])
     f = ACTIVATIONS[name]
-    prior = gaussian_stats(tempered(f, DEFAULT.nonlinearity))
+    prior = gaussian_stats(tempered(f, Standardized().nonlinearity))
     prior = jax.tree.map(lambda value: jnp.broadcast_to(value, (6,)), prior)
-    np.testing.assert_array_equal(y, anact(f, X, prior, DEFAULT)[0])
+    np.testing.assert_array_equal(y, anact(f, X, prior, Standardized())[0])
 
 
 def test_every_activation_has_a_named_module():
@@ -72,7 +72,7 @@ def test_every_activation_has_a_named_module():
 def test_defaults_of_named_modules_are_those_of_anact():
     for name in NAMES.values():
         layer = getattr(anact_jax.linen, name)()
-        assert layer.form == DEFAULT
+        assert layer.form == Standardized()
 
 
 @pytest.mark.parametrize(("center", "reference", "stop_gradient"), [(False, "input", True), (True, "unit", False)])
@@ -112,8 +112,8 @@ def test_layer_called_twice_updates_twice():
     variables = Twice().init(jax.random.key(0), X, train=True)
     assert float(variables["batch_stats"]["NSwish_0"]["count"]) == 0
     y, variables = Twice().apply(variables, X, train=True, mutable=["batch_stats"])
-    first, running = anact(jax.nn.swish, X, gaussian_stats(jax.nn.swish), PUBLISHED)
-    second, running = anact(jax.nn.swish, first * 3.0, running, PUBLISHED)
+    first, running = anact(jax.nn.swish, X, gaussian_stats(jax.nn.swish), Published())
+    second, running = anact(jax.nn.swish, first * 3.0, running, Published())
     np.testing.assert_allclose(y, second, rtol=1e-6)
     chex.assert_trees_all_close(state_of(variables["batch_stats"], "NSwish_0"), running, rtol=1e-6)
 
@@ -250,7 +250,7 @@ def test_one_trace_a_mode_over_ten_steps_with_fresh_modules():
 
 
 def test_learnable_correction_starts_at_zero_stays_bounded_and_learns():
-    form = PUBLISHED.replace(feature_axes=-1)
+    form = Published(axis=-1)
     layer = NSwish(form=form.replace(learned=True), use_running_average=False)
     variables = layer.init(jax.random.key(0), X)
     chex.assert_trees_all_equal(variables["params"]["alpha"], jnp.zeros(6))
@@ -459,7 +459,7 @@ class LearnedSlope(nn.Module):
 
 def prelu():
     # Tempered to one nonlinearity, all leaky ReLUs are the same but for their scale: the slope would have no gradient.
-    fn, form = nn.PReLU(param_dtype=jnp.float64, negative_slope_init=0.25), DEFAULT.replace(nonlinearity=None)
+    fn, form = nn.PReLU(param_dtype=jnp.float64, negative_slope_init=0.25), Standardized()
     return anact_jax.linen.ANAct(fn, form=form, use_running_average=False)
 
 

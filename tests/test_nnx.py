@@ -21,7 +21,7 @@ from anact_jax.nnx import ANAct, NSwish
 NAMES = ["NReLU", "NLeakyReLU", "NELU", "NSELU", "NTanh", "NSigmoid", "NSoftplus", "NSwish", "NGELU", "NMish"]
 OPTIONS = [
     {},
-    pytest.param({"form": PUBLISHED}, marks=pytest.mark.slow),
+    pytest.param({"form": Published()}, marks=pytest.mark.slow),
     pytest.param({"form": Form("exact", stop_gradient=True, learned=True), "features": 12}, marks=pytest.mark.slow),
     {"form": "forward+center+unit+diff+feature+nu0.1"},
 ]
@@ -477,7 +477,7 @@ def test_gradient_in_a_learned_slope_equals_finite_differences():
     with jax.enable_x64(True):
         x = jnp.asarray(batches(1)[0], jnp.float64)
         # Tempered to one nonlinearity, all leaky ReLUs are the same but for their scale.
-        fn, form = nnx.PReLU(0.25, param_dtype=jnp.float64), DEFAULT.replace(nonlinearity=None)
+        fn, form = nnx.PReLU(0.25, param_dtype=jnp.float64), Standardized()
         layer = ANAct(fn, 6, form=form, use_running_average=False)
 
         @nnx.jit

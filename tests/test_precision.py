@@ -34,11 +34,11 @@ def test_half_precision_keeps_its_dtype_and_measures_in_float32(name, dtype):
     f = ACTIVATIONS[name]
     x = 1.0 + 3.0 * jax.random.normal(jax.random.key(0), (256, 4))
     prior = initial_stats(f, DEFAULT, (4,))
-    y, state = anact(f, x.astype(dtype), prior, DEFAULT)
-    expected, expected_state = anact(f, x, prior, DEFAULT)
+    y, state = anact(f, x.astype(dtype), prior, Standardized())
+    expected, expected_state = anact(f, x, prior, Standardized())
     assert y.dtype == dtype
     chex.assert_trees_all_equal_dtypes(state, expected_state)
-    factor, expected_factor = (normalization(s, DEFAULT).factor for s in (state, expected_state))
+    factor, expected_factor = (Standardized().factor_and_shift(s).factor for s in (state, expected_state))
     np.testing.assert_allclose(factor, expected_factor, rtol=0.01)
     np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.05)
 
@@ -135,7 +135,7 @@ def test_single_precision_input_stays_single_under_x64():
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)])
 def test_a_learned_form_trains_under_x64_in_both_apis(dtype):
     """With strict promotion, as all tests: alpha and the state are float32 or float64, whatever x is."""
-    form = DEFAULT.replace(learned=True)
+    form = Standardized(learned=True)
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (64, 4), dtype)
         layer = NSwish(use_running_average=False, form=form)
@@ -163,7 +163,7 @@ def test_a_learned_form_trains_under_x64_in_both_apis(dtype):
 @pytest.mark.usefixtures("standard_promotion")
 def test_forward_form_is_batchnorm_without_parameters_behind_the_tempered_activation(name):
     form = Form.parse("forward+center+unit+diff+feature+nu0.1")
-    f = tempered(ACTIVATIONS[name], form.nonlinearity)
+    f = tempered(ACTIVATIONS[name], form.tempering)
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (64, 5), jnp.float64) * jnp.arange(1.0, 6.0)[None] + 0.3
         weights = jax.random.normal(jax.random.key(1), x.shape, jnp.float64)

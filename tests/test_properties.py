@@ -20,7 +20,7 @@ from anact_jax import (
     update_stats,
 )
 
-PLAIN = PUBLISHED.replace(epsilon=0.0)
+PLAIN = Published(epsilon=0.0)
 
 N = 24
 values = st.lists(st.floats(-30, 30, width=32), min_size=N, max_size=N).map(lambda v: np.array(v, np.float32))
@@ -107,7 +107,7 @@ def test_running_statistics_stay_within_what_was_seen(batches, momentum):
 
 _steps = {
     (name, mode): jax.jit(
-        lambda x, s, f=f, mode=mode: anact(f, x, s, PUBLISHED.replace(center=True), use_running_average=mode)
+        lambda x, s, f=f, mode=mode: anact(f, x, s, Published(center=True), use_running_average=mode)
     )
     for name, f in ACTIVATIONS.items()
     for mode in (True, False)

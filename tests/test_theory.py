@@ -21,7 +21,7 @@ from anact_jax import (
 )
 from anact_jax.theory import Elementwise, Layer, Residual, Variances, linear, propagate
 
-EXACT = PUBLISHED.replace(epsilon=0.0)
+EXACT = Published(epsilon=0.0)
 OPTIONS = {
     "plain": None,
     "mean": {},

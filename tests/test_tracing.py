@@ -15,7 +15,7 @@ import anact_jax.linen
 import anact_jax.nnx
 import anact_jax.step
 from anact_jax import DEFAULT, PUBLISHED, anact, gaussian_stats, initial_stats, normalization, tempered
-from anact_jax.elementwise import check_elementwise, permanent, traced, while_tracing
+from anact_jax.tracing import check_elementwise, permanent, traced, while_tracing
 from anact_jax.step import check_activation
 
 X = 0.4 + 1.3 * jax.random.normal(jax.random.key(0), (32, 6))
@@ -50,7 +50,7 @@ WAYS = {
 
 def by_hand(f, x, form):
     """The layer's formula written out, in jnp alone."""
-    f = tempered(f, form.nonlinearity)
+    f = tempered(f, form.tempering)
     z, dz = jax.jvp(f, (x,), (jnp.ones_like(x),))
     mean, var = jnp.mean(z, 0, keepdims=True), jnp.var(z, 0, keepdims=True)
     slope_sq, var_in = jnp.mean(dz**2, 0, keepdims=True), jnp.var(x, 0, keepdims=True)
@@ -74,7 +74,7 @@ def by_hand(f, x, form):
 def test_learned_slope_has_the_gradient_of_the_formula_and_of_finite_differences(way, rule):
     f = leaky if way == "custom_jvp closure" else swish
     with jax.enable_x64(True):
-        x, form = jnp.asarray(X, jnp.float64), DEFAULT.replace(rule=rule, nonlinearity=0.1, level=1.0, epsilon=1e-3)
+        x, form = jnp.asarray(X, jnp.float64), Standardized(rule=rule, tempering=0.1, std=1.0, epsilon=1e-3)
 
         def ours(slope, x):
             g = WAYS[way](f, slope)
@@ -97,7 +97,7 @@ def test_learned_slope_has_the_gradient_of_the_formula_and_of_finite_differences
 
 
 def test_modules_as_activations_learn():
-    form = DEFAULT.replace(level=1.0)
+    form = Standardized(std=1.0)
     layer = anact_jax.nnx.ANAct(nnx.PReLU(), 6, form=form, use_running_average=False)
     gradient = nnx.grad(lambda layer: jnp.sum(jnp.sin(layer(X))))(layer)
     model = anact_jax.linen.ANAct(nn.PReLU(), form=form, use_running_average=False)
@@ -169,7 +169,7 @@ def test_only_functions_of_the_libraries_are_permanent():
 @pytest.mark.parametrize("f", [with_a_rule, decorated], ids=["rule", "decorated"])
 def test_variables_read_by_rules_and_decorated_are_current(f, monkeypatch):
     def gradient(x):
-        form = DEFAULT.replace(stop_gradient=True)
+        form = Standardized(stop_gradient=True)
         return jax.grad(lambda x: jnp.sum(anact(f, x, initial_stats(f, form, (6,)), form)[0]))(x)
 
     before = jax.jit(gradient)(X)
@@ -251,7 +251,7 @@ def test_elementwise_functions_are_taken(f):
 def test_functions_over_numpy_arrays_have_gradients(name):
     f = ELEMENTWISE[name]
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(anact(f, x, initial_stats(f, shape=(6,)))[0]))))(X)
-    expected = jax.grad(lambda x: jnp.sum(jnp.sin(by_hand(f, x, DEFAULT.replace(level=1.0)) / 2)))(X)
+    expected = jax.grad(lambda x: jnp.sum(jnp.sin(by_hand(f, x, Standardized(std=1.0)) / 2)))(X)
     np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -395,7 +395,7 @@ def test_published_form_is_that_of_the_formula():
     stats = gaussian_stats(jax.nn.swish)
     assert stats.count == 0
     z, dz = jax.jvp(jax.nn.swish, (X,), (jnp.ones_like(X),))
-    eps = PUBLISHED.epsilon
+    eps = Published().epsilon
     forward, backward = (jnp.mean(z**2) + eps) / (jnp.var(X) + eps), jnp.mean(dz**2) + eps
     np.testing.assert_allclose(y, jnp.sqrt((1 / forward + 1 / backward) / 2) * z, rtol=1e-5)
     assert normalization(stats, "published").shift == 0

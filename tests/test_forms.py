@@ -66,20 +66,20 @@ def test_text_keeps_its_meaning_whatever_the_default(text, options):
 
 
 def test_names_are_input_only():
-    assert Form.parse("published") is PUBLISHED
-    assert Form.parse("default") is DEFAULT
-    assert (str(PUBLISHED), str(DEFAULT)) == ("mean", "forward+center+unit+diff+feature+level0.5")
-    assert Form() == DEFAULT
+    assert Form.parse("published") is Published()
+    assert Form.parse("default") is Standardized()
+    assert (str(Published()), str(Standardized())) == ("mean", "forward+center+unit+diff+feature+level0.5")
+    assert Form() == Standardized()
 
 
 @pytest.mark.usefixtures("unchecked_types")
 def test_is_frozen_hashable_and_equal_by_value():
-    form = DEFAULT.replace(feature_axes=[np.int64(0), -1])
+    form = Standardized().replace(feature_axes=[np.int64(0), -1])
     assert form.feature_axes == (0, -1)
     assert {form: 1}[Form(feature_axes=(0, -1))] == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         form.rule = "exact"
-    assert Form(feature_axes=-1) == DEFAULT
+    assert Form(axis=-1) == Standardized()
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -100,7 +100,7 @@ def test_is_frozen_hashable_and_equal_by_value():
 )
 def test_bad_options_are_refused_when_made(options, error, message):
     with pytest.raises(error, match=message):
-        DEFAULT.replace(**options)
+        Standardized(**options)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_moments_are_those_that_normalization_uses(rule, reference):
     form = Form(rule, reference=reference)
     every = gaussian_stats(jax.nn.softplus, mean=0.3, std=1.7)
     some = Stats(every.count, **{name: getattr(every, name) for name in form.moments})
-    expected = normalization(every, form)
-    chex.assert_trees_all_equal(normalization(some, form), expected)
+    expected = form.factor_and_shift(every)
+    chex.assert_trees_all_equal(form.factor_and_shift(some), expected)
     for name in form.moments:
         # The variance is about the mean of x; the backward gain asks only whether f varies.
         if name != "mean_in" and (rule, name) != ("backward", "var_out"):
