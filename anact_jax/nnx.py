@@ -126,13 +126,13 @@ class ANAct(nnx.Module):
             use_running_average = True
         update = not self.frozen and (not use_running_average if self.update is None else self.update)
         features = tuple(x.shape[axis] for axis in feature_axes(self.form.axis, x.ndim))
+        variables = self._variables
         if self.count.shape not in ((), features):
             raise ValueError(
                 f"{type(self).__name__} has statistics of shape {self.count.shape}, but its input has {features} "
                 f"features (axis {self.form.axis}); a layer serves one width: give each place a layer of its own, or "
                 "share one with axis=None"
             )
-        variables = self._variables
         y, new = anact(
             self.fn,
             x,
@@ -188,7 +188,14 @@ class ANAct(nnx.Module):
     def _variables(self) -> dict[str, nnx.BatchStat[Array]]:
         held = {name: getattr(self, name) for name in Stats._fields if hasattr(self, name)}
         check_moments(held, self.form, type(self).__name__)
-        return {name: held[name] for name in ("count", *self.form.moments)}
+        variables = {name: held[name] for name in ("count", *self.form.moments)}
+        shapes = {name: variable.shape for name, variable in variables.items()}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(
+                f"{type(self).__name__} has moments of several shapes, {shapes}: a part of them is the state of another "
+                "form; anact_jax.restored(saved, fresh) says which"
+            )
+        return variables
 
     def _sizes(self, features: Any) -> tuple[int, ...]:
         name = type(self).__name__

@@ -94,7 +94,7 @@ def restored(saved: Mapping[str, Any], fresh: Mapping[str, Any], *, start_anew: 
 
     def visit(saved: Mapping[str, Any], fresh: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         missing = [name for name in fresh if name not in saved]
-        surplus = [name for name in saved if name in MOMENTS and name not in fresh] if "count" in fresh else []
+        surplus = [name for name in MOMENTS if name in saved and name not in fresh] if "count" in fresh else []
         if (missing or surplus) and not start_anew:
             names = ", ".join("/".join((*path, name)) for name in missing or surplus)
             raise ValueError(

@@ -212,7 +212,7 @@ def check_moments(held: Collection[str], form: Form, layer: str) -> None:
     """Raises ValueError unless the moments that a layer's state holds are those of its form."""
     names = ("count", *form.moments)
     missing = [name for name in names if name not in held]
-    surplus = [name for name in held if name in MOMENTS and name not in names]
+    surplus = [name for name in MOMENTS if name in held and name not in names]
     if missing or surplus:
         what = f"no {', '.join(missing)}, which" if missing else f"{', '.join(surplus)} too, which"
         raise ValueError(
