@@ -192,8 +192,8 @@ class ANAct(nnx.Module):
         shapes = {name: variable.shape for name, variable in variables.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(
-                f"{type(self).__name__} has moments of several shapes, {shapes}: a part of them is the state of another "
-                "form; anact_jax.restored(saved, fresh) says which"
+                f"{type(self).__name__} has moments of several shapes, {shapes}: a part of them is the state of "
+                "another form; anact_jax.restored(saved, fresh) says which"
             )
         return variables
 

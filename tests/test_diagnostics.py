@@ -200,7 +200,9 @@ def test_gains_of_the_published_rule_balance_on_the_batch():
     for index, row in enumerate(rows):
         z, y = (updates["intermediates"][f"{layer}_{index}"]["__call__"][0] for layer in ("Dense", "act"))
         np.testing.assert_allclose(row.forward, np.mean(y**2) / np.var(z), rtol=1e-4)
-        np.testing.assert_allclose((row.bare_forward, row.bare_backward), gains(activation_stats(jax.nn.gelu, z)), rtol=1e-4)
+        np.testing.assert_allclose(
+            (row.bare_forward, row.bare_backward), gains(activation_stats(jax.nn.gelu, z)), rtol=1e-4
+        )
         balanced = jnp.sqrt((1 / row.bare_forward + 1 / row.bare_backward) / 2)
         np.testing.assert_allclose(row.factor, balanced + (0.3 * np.tanh(0.4) if index == 2 else 0), rtol=1e-4)
 
@@ -215,7 +217,9 @@ class TwoKinds(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "form", [Standardized(), Standardized(std=1.0, tempering=0.1), Published()], ids=["default", "tempered", "published"]
+    "form",
+    [Standardized(), Standardized(std=1.0, tempering=0.1), Published()],
+    ids=["default", "tempered", "published"],
 )
 def test_gains_on_a_batch_are_those_of_its_statistics_for_any_form(form):
     model, x = TwoKinds(form), X.reshape(-1, 9)
@@ -277,8 +281,15 @@ class Blocks(nn.Module):
         return nn.Dense(2)(x)
 
 
-@pytest.mark.parametrize("around", [jax.jit, lambda measure: measure], ids=["jit", "eager"])
-@pytest.mark.parametrize("block", [nn.jit(Inner), Compiled], ids=["class", "method"])
+@pytest.mark.parametrize(
+    ("block", "around"),
+    [
+        pytest.param(nn.jit(Inner), jax.jit, id="class-jit"),
+        pytest.param(Compiled, lambda measure: measure, id="method-eager"),
+        pytest.param(Compiled, jax.jit, id="method-jit", marks=pytest.mark.slow),
+        pytest.param(nn.jit(Inner), lambda measure: measure, id="class-eager", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_blocks_have_the_rows_of_plain_ones(block, around):
     x = X.reshape(-1, 9)[:, :5]
     plain, compiled = Blocks(Inner), Blocks(block)
@@ -337,9 +348,9 @@ def test_gains_leave_out_what_the_mask_leaves_out():
     def linen_loss(mask):
         return lambda x: jnp.sum(layer.apply(variables, x, mask=mask, mutable=["batch_stats"])[0])
 
-    (expected,) = gains_on_batch(linen_loss(None))(x)
-    (found,) = gains_on_batch(linen_loss(mask))(padded)
-    (of_nnx,) = gains_on_batch(lambda layer, x: jnp.sum(layer(x, mask=mask)))(same, padded)
+    (expected,) = jax.jit(gains_on_batch(linen_loss(None)))(x)
+    (found,) = jax.jit(gains_on_batch(linen_loss(mask)))(padded)
+    (of_nnx,) = jax.jit(gains_on_batch(lambda layer, x: jnp.sum(layer(x, mask=mask))))(same, padded)
     np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-4)
     np.testing.assert_allclose(of_nnx[1:], expected[1:], rtol=1e-4)
 

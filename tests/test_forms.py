@@ -50,7 +50,11 @@ def test_form_is_frozen_hashable_and_equal_by_value(form):
         (lambda: Standardized(axis=0.5), TypeError, "axis must be one integer"),
         (lambda: Standardized(tempering=0.0), ValueError, "tempering must be a positive number, or None"),
         (lambda: Standardized(tempering=float("nan")), ValueError, "tempering must be a positive number, or None"),
-        (lambda: Standardized(epsilon=-1e-6), ValueError, "epsilon must be a number from 0 on, such as 1e-6, got -1e-06"),
+        (
+            lambda: Standardized(epsilon=-1e-6),
+            ValueError,
+            "epsilon must be a number from 0 on, such as 1e-6, got -1e-06",
+        ),
         (lambda: Published(epsilon=float("inf")), ValueError, "epsilon must be a number from 0 on"),
         (lambda: Published(std=1.0), TypeError, "std"),
         (lambda: Standardized(learned=True), TypeError, "learned"),

@@ -12,8 +12,8 @@ import pytest
 
 import anact_jax.kernels.cpu
 from anact_jax import Stats, activation_stats, normalize
-from anact_jax.tracing import traced
 from anact_jax.kernels import scaling
+from anact_jax.tracing import traced
 
 SHAPES = [(6, 5, 7, 4), pytest.param((6, 35, 4), marks=pytest.mark.slow), (210, 4)]
 

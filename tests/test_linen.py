@@ -14,7 +14,17 @@ from flax import nnx
 
 import anact_jax.linen
 import anact_jax.nnx
-from anact_jax import ACTIVATIONS, MOMENTS, Published, Standardized, Stats, anact, gaussian_stats, initial_stats, restored
+from anact_jax import (
+    ACTIVATIONS,
+    MOMENTS,
+    Published,
+    Standardized,
+    Stats,
+    anact,
+    gaussian_stats,
+    initial_stats,
+    restored,
+)
 
 # How modules thread state does not depend on their form; the published one has a single number of each kind a layer.
 ANAct, NReLU, NSwish = (
@@ -223,7 +233,12 @@ def test_using_and_updating_are_independent(use_running_average, update):
     variables = layer.init(jax.random.key(0), X)
     y, updates = layer.apply(variables, X, mutable=["batch_stats"])
     expected, running = anact(
-        jax.nn.swish, X, gaussian_stats(jax.nn.swish), Published(), use_running_average=use_running_average, update=update
+        jax.nn.swish,
+        X,
+        gaussian_stats(jax.nn.swish),
+        Published(),
+        use_running_average=use_running_average,
+        update=update,
     )
     np.testing.assert_array_equal(y, expected)
     chex.assert_trees_all_equal(state_of(updates), running)

@@ -98,9 +98,7 @@ def test_running_statistics_stay_within_what_was_seen(batches, momentum):
 
 
 _steps = {
-    (name, mode): jax.jit(
-        lambda x, s, f=f, mode=mode: anact(f, x, s, Published(center=True), use_running_average=mode)
-    )
+    (name, mode): jax.jit(lambda x, s, f=f, mode=mode: anact(f, x, s, Published(center=True), use_running_average=mode))
     for name, f in ACTIVATIONS.items()
     for mode in (True, False)
 }

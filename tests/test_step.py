@@ -61,7 +61,9 @@ def full_size_residuals(f, x, capsys):
     return [line for line in capsys.readouterr().out.splitlines() if shape in line]
 
 
-@pytest.mark.parametrize("name", ["swish", "relu", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gelu", "mish"))])
+@pytest.mark.parametrize(
+    "name", ["swish", "relu", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gelu", "mish"))]
+)
 @pytest.mark.parametrize(
     "form", [Standardized(), WHOLE, CONSTANT, CENTERED], ids=["default", "one a layer", "constants", "published"]
 )
@@ -182,7 +184,9 @@ def test_degenerate_batches(name, dtype, form):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_bfloat16_factor_within_a_percent_of_float32(name):
     f, x = ACTIVATIONS[name], normal(shape=(512, 64))
-    wide, narrow = (FORM.factor_and_shift(activation_stats(f, x.astype(dtype))) for dtype in (jnp.float32, jnp.bfloat16))
+    wide, narrow = (
+        FORM.factor_and_shift(activation_stats(f, x.astype(dtype))) for dtype in (jnp.float32, jnp.bfloat16)
+    )
     np.testing.assert_allclose(narrow.factor, wide.factor, rtol=1e-2)
 
 

@@ -1,6 +1,5 @@
 """Predictions against Monte Carlo on wide random networks, in closed form, and under changes of scale."""
 
-import functools
 import itertools
 
 import chex

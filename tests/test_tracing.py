@@ -14,9 +14,9 @@ from flax import nnx
 import anact_jax.linen
 import anact_jax.nnx
 import anact_jax.step
-from anact_jax import Published, Standardized, anact, gaussian_stats, initial_stats, tempered
-from anact_jax.tracing import check_elementwise, permanent, traced, while_tracing
+from anact_jax import Published, Standardized, anact, gaussian_stats, initial_stats
 from anact_jax.step import check_activation
+from anact_jax.tracing import check_elementwise, permanent, traced, while_tracing
 
 X = 0.4 + 1.3 * jax.random.normal(jax.random.key(0), (32, 6))
 KEY = jax.random.key(0)
