@@ -17,7 +17,7 @@ from anact_jax import activations
 from anact_jax.forms import Form, form_of
 from anact_jax.running import averaged, check_momentum, without_batches
 from anact_jax.statistics import FactorAndShift, Stats, feature_axes
-from anact_jax.step import anact, check_activation, initial_stats, warn_of_sharing
+from anact_jax.step import anact, check_activation, check_moments, initial_stats, warn_of_sharing
 from anact_jax.tracing import Activation, by_reference, widened
 
 # For each pass that is under way (one `apply` or `init`, or one body of a transform), the layers that updated in it.
@@ -127,15 +127,15 @@ class ANAct(nn.Module):
             mask: broadcastable to x; elements where it is 0 or False are left out of the statistics.
 
         Raises:
-            ValueError: the mode is set nowhere or twice; the state is missing, or not mutable in training, or has
-                another width.
+            ValueError: the mode is set nowhere or twice; the state is missing, not mutable in training, of another form
+                or of another width.
         """
         form = form_of(self.form)
         inference = self._mode(use_running_average)
         update = not inference if self.update is None else self.update
         features = tuple(x.shape[axis] for axis in feature_axes(form.axis, x.ndim))
         if not self.is_initializing():
-            self._check_state(("count", *form.moments), update)
+            self._check_state(form, update)
         f = function_of(self, x)
         known = set(self.variables.get("params", ())) if self.is_initializing() else set()
         state = self._variables(f, form, features)
@@ -174,10 +174,12 @@ class ANAct(nn.Module):
         """Running statistics of a bound layer, in float32 or wider.
 
         Raises:
-            ValueError: the layer is not bound to its variables.
+            ValueError: the layer is not bound to its variables, or they are those of another form.
         """
-        names = ("count", *form_of(self.form).moments)
-        return Stats(**{name: widened(self._held(self.collection, name)) for name in names})
+        form = form_of(self.form)
+        held = {name: self._held(self.collection, name) for name in ("count", *form.moments)}
+        check_moments(self.variables[self.collection], form, self._where)
+        return Stats(**{name: widened(value) for name, value in held.items()})
 
     def normalization(self) -> FactorAndShift:
         """Factor and shift of a bound layer in inference.
@@ -261,7 +263,7 @@ class ANAct(nn.Module):
             )
         return state
 
-    def _check_state(self, names: Sequence[str], update: bool) -> None:
+    def _check_state(self, form: Form, update: bool) -> None:
         name, mutable = self.collection, self.is_mutable_collection(self.collection)
         if update and not mutable:
             raise ValueError(
@@ -269,17 +271,13 @@ class ANAct(nn.Module):
                 f"In training: y, updates = model.apply(variables, x, ..., mutable=[{name!r}]), then carry "
                 f"updates[{name!r}] to the next step. In inference: use_running_average=True"
             )
-        missing = [field for field in names if not self.has_variable(name, field)]
-        if len(missing) == len(names):
+        held = self.variables.get(name, {})
+        if not any(field in held for field in Stats._fields):
             raise ValueError(
                 f"{self._where} has no running statistics: collection {name!r} is missing from the variables given to "
                 f"apply. Pass {{'params': params, {name!r}: ...}} as model.init returned them and training updated them"
             )
-        if missing:
-            raise ValueError(
-                f"{self._where} has no {', '.join(missing)} in collection {name!r}, which form {self.form} uses; "
-                "anact_jax.restored(saved, fresh, start_anew=True) starts them anew"
-            )
+        check_moments(held, form, self._where)
 
 
 def function_of(layer: ANAct, x: Array | None = None) -> Activation:

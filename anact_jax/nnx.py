@@ -16,7 +16,7 @@ from anact_jax import activations
 from anact_jax.forms import Form, form_of
 from anact_jax.running import averaged, check_momentum, without_batches
 from anact_jax.statistics import FactorAndShift, Stats, feature_axes
-from anact_jax.step import anact, check_activation, initial_stats, warn_of_sharing
+from anact_jax.step import anact, check_activation, check_moments, initial_stats, warn_of_sharing
 from anact_jax.tracing import Activation, by_reference, widened
 
 # What layers wrote in a trace that is under way, by identity.
@@ -118,7 +118,7 @@ class ANAct(nnx.Module):
             mask: broadcastable to x; elements where it is 0 or False are left out of the statistics.
 
         Raises:
-            ValueError: the mode is set nowhere, or the state has another width.
+            ValueError: the state is of another form, or has another width.
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
@@ -126,13 +126,13 @@ class ANAct(nnx.Module):
             use_running_average = True
         update = not self.frozen and (not use_running_average if self.update is None else self.update)
         features = tuple(x.shape[axis] for axis in feature_axes(self.form.axis, x.ndim))
+        variables = self._variables
         if self.count.shape not in ((), features):
             raise ValueError(
                 f"{type(self).__name__} has statistics of shape {self.count.shape}, but its input has {features} "
                 f"features (axis {self.form.axis}); a layer serves one width: give each place a layer of its own, or "
                 "share one with axis=None"
             )
-        variables = self._variables
         y, new = anact(
             self.fn,
             x,
@@ -186,7 +186,16 @@ class ANAct(nnx.Module):
 
     @property
     def _variables(self) -> dict[str, nnx.BatchStat[Array]]:
-        return {name: getattr(self, name) for name in ("count", *self.form.moments)}
+        held = {name: getattr(self, name) for name in Stats._fields if hasattr(self, name)}
+        check_moments(held, self.form, type(self).__name__)
+        variables = {name: held[name] for name in ("count", *self.form.moments)}
+        shapes = {name: variable.shape for name, variable in variables.items()}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(
+                f"{type(self).__name__} has moments of several shapes, {shapes}: a part of them is the state of "
+                "another form; anact_jax.restored(saved, fresh) says which"
+            )
+        return variables
 
     def _sizes(self, features: Any) -> tuple[int, ...]:
         name = type(self).__name__

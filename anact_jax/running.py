@@ -129,44 +129,44 @@ def _holds_statistics(state: Mapping[Any, Any]) -> bool:
 
 
 def restored(saved: Mapping[str, Any], fresh: Mapping[str, Any], *, start_anew: bool = False) -> dict[str, Any]:
-    """Fits the saved statistics of a model to the moments that its layers use.
-
-    A layer whose form changed since may use fewer moments than were saved, or more.
+    """The saved statistics of a model, for a model that was just made.
 
     Args:
         saved: nested dictionaries, such as `variables["batch_stats"]` of a Linen model or
             `nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))` of an NNX one, as they were saved.
         fresh: the same of a model that was just made, whose structure is returned.
-        start_anew: take what is missing from `fresh`. A layer that misses a moment then counts its batches from 0, so
-            that its first batch replaces all of them.
+        start_anew: take layers that were not saved, or were saved with another form, from `fresh`: they count their
+            batches from 0, and their first batch replaces the statistics.
 
     Raises:
-        ValueError: a moment or layer is missing and `start_anew` is not set.
+        ValueError: a layer is missing or has the moments of another form, and `start_anew` is not set.
 
     Examples:
         >>> fresh = {"act": {"count": 0.0, "mean_out": 0.2, "var_out": 0.4}}
-        >>> restored({"act": {"count": 9.0, "mean_out": 0.3, "var_out": 0.5, "slope_sq": 0.6}}, fresh)
+        >>> restored({"act": {"count": 9.0, "mean_out": 0.3, "var_out": 0.5}}, fresh)
         {'act': {'count': 9.0, 'mean_out': 0.3, 'var_out': 0.5}}
-        >>> restored({"act": {"count": 9.0, "mean_out": 0.3}}, fresh, start_anew=True)
-        {'act': {'count': 0.0, 'mean_out': 0.3, 'var_out': 0.4}}
+        >>> restored({"act": {"count": 9.0, "mean_out": 0.3, "var_out": 0.5, "slope_sq": 0.6}}, fresh, start_anew=True)
+        {'act': {'count': 0.0, 'mean_out': 0.2, 'var_out': 0.4}}
     """
 
     def visit(saved: Mapping[str, Any], fresh: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         missing = [name for name in fresh if name not in saved]
-        if missing and not start_anew:
+        surplus = [name for name in MOMENTS if name in saved and name not in fresh] if "count" in fresh else []
+        if (missing or surplus) and not start_anew:
+            names = ", ".join("/".join((*path, name)) for name in missing or surplus)
             raise ValueError(
-                f"the saved statistics have no {', '.join('/'.join((*path, name)) for name in missing)}, which the "
-                "model's form uses; start_anew=True starts them anew, or make the layer with the form it was saved with"
+                f"the saved statistics have {'no ' if missing else ''}{names}, which the model's form "
+                f"{'uses' if missing else 'does not use'}; make the layer with the form it was saved with, or set "
+                "start_anew=True, which starts its statistics anew"
             )
-        found = {
+        if "count" in fresh and (missing or surplus):
+            return dict(fresh)
+        return {
             name: visit(saved.get(name, {}), value, (*path, str(name)))
             if isinstance(value, Mapping)
             else saved.get(name, value)
             for name, value in fresh.items()
         }
-        if _holds_statistics(fresh) and set(missing) & set(MOMENTS):
-            found["count"] = fresh["count"]
-        return found
 
     return visit(saved, fresh, ())
 

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from anact_jax.gaussian import gaussian_stats
 from anact_jax.kernels import scaling
 from anact_jax.running import check_momentum, moved
 from anact_jax.statistics import (
+    MOMENTS,
     Shards,
     Stats,
     broadcast_mask,
@@ -205,6 +206,20 @@ def warn_of_sharing(layer: str) -> None:
         "give it the class or a function that makes one); shared=True says that it is meant",
         stacklevel=3,
     )
+
+
+def check_moments(held: Collection[str], form: Form, layer: str) -> None:
+    """Raises ValueError unless the moments that a layer's state holds are those of its form."""
+    names = ("count", *form.moments)
+    missing = [name for name in names if name not in held]
+    surplus = [name for name in MOMENTS if name in held and name not in names]
+    if missing or surplus:
+        what = f"no {', '.join(missing)}, which" if missing else f"{', '.join(surplus)} too, which"
+        raise ValueError(
+            f"{layer} has {what} form {form} {'uses' if missing else 'does not use'}: its state is that of another "
+            "form. Make the layer with the form it was trained with, as in form='published', or begin with new "
+            "statistics, anact_jax.restored(saved, fresh, start_anew=True)"
+        )
 
 
 def _fitting(running: Stats, form: Form, features: tuple[Any, ...], shape: tuple[Any, ...]) -> Stats:

@@ -8,10 +8,6 @@ import numpy as np
 _erf = np.vectorize(math.erf)
 
 
-ALL_MOMENTS = "mean+center+unit+diff+feature+nu0.1"
-"""A form that tempers, and uses every moment."""
-
-
 def _sigmoid(x):
     return np.exp(-np.logaddexp(0, -x))
 
@@ -85,20 +81,16 @@ def gaussian_moments(name, mean=0.0, std=1.0):
     return first / mass, second / mass - (first / mass) ** 2, slope_sq / mass
 
 
-def factor_and_shift(stats, rule, center, reference):
-    """The table of docs/explanation/method.md, for stats without degenerate values."""
-    _, _, var_in, mean_out, var_out, backward = stats
-    shift = mean_out if center else 0.0
-    if rule == "exact":
-        root = math.sqrt(max(0.0, backward * var_in - var_out))
-        shift = min((mean_out - root, mean_out + root), key=abs)
-    forward = (var_out + (mean_out - shift) ** 2) / var_in
-    squared = {
-        "mean": (1 / forward + 1 / backward) / 2,
-        "forward": 1 / forward,
-        "backward": 1 / backward,
-        "geometric": 1 / math.sqrt(forward * backward),
-        "harmonic": 2 / (forward + backward),
-        "exact": 1 / backward,
-    }[rule]
-    return math.sqrt(squared) / (math.sqrt(var_in) if reference == "unit" else 1.0), shift
+def standardized(stats, std=0.5, center=True, epsilon=1e-6):
+    """Factor and shift of the default form (docs/explanation/method.md), for stats without degenerate values."""
+    _, _, _, mean_out, var_out, _ = stats
+    shift = mean_out if center else 0.0 * mean_out
+    return std / np.sqrt(var_out + (mean_out - shift) ** 2 + epsilon), shift
+
+
+def published(stats, center=False, epsilon=1e-6):
+    """Factor and shift of the paper's rule, likewise."""
+    _, _, var_in, mean_out, var_out, slope_sq = stats
+    shift = mean_out if center else 0.0 * mean_out
+    rho = (var_out + (mean_out - shift) ** 2 + epsilon) / (var_in + epsilon)
+    return np.sqrt((1 / rho + 1 / (slope_sq + epsilon)) / 2), shift

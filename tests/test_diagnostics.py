@@ -9,31 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from oracles import ALL_MOMENTS
 
 import anact_jax.linen
 import anact_jax.nnx
-from anact_jax import (
-    PUBLISHED,
-    Form,
-    Stats,
-    activation_stats,
-    anact,
-    gains,
-    initial_stats,
-    normalization,
-    tempered,
-)
-from anact_jax.diagnostics import (
-    ACTIVATIONS,
-    LayerVariances,
-    gains_on_batch,
-    linen_gains,
-    nnx_gains,
-    pass_through,
-    table,
-    variances,
-)
+from anact_jax import Form, Published, Standardized, activation_stats, anact, gains, initial_stats
+from anact_jax.diagnostics import NORMALIZED, LayerVariances, gains_on_batch, pass_through, table, variances
 
 X = 0.5 + jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
 
@@ -194,71 +174,41 @@ def test_losses_that_cannot_be_are_named(loss, error, message):
 
 
 class Three(nn.Module):
-    form: Form
+    """The last activation learns its correction."""
 
     @nn.compact
     def __call__(self, x, train):
         for index in range(3):
-            form = self.form.replace(learned=index == 2)
+            form = Published(epsilon=0.0, learned=index == 2)
             x = nn.Dense(7)(x)
             x = anact_jax.linen.NGELU(form=form, use_running_average=not train, name=f"act_{index}")(x)
         return x
 
 
-EXACT = PUBLISHED.replace(epsilon=0.0)
-
-
-@pytest.mark.parametrize(
-    "form",
-    [EXACT, pytest.param(EXACT.replace(rule="exact", feature_axes=-1), marks=pytest.mark.slow)],
-    ids=str,
-)
-def test_linen_gains_after_a_batch_are_those_of_that_batch(form):
-    model, x = Three(form), X.reshape(-1, 9)
+def test_gains_of_the_published_rule_balance_on_the_batch():
+    model, x = Three(), X.reshape(-1, 9)
     variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x)
     variables["params"]["act_2"]["alpha"] += 0.4
     apply = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"], capture_intermediates=True))
     _, updates = apply(variables, x)
-    state = {"params": variables["params"], "batch_stats": updates["batch_stats"], "other": {}}
-    for index in range(3):
-        own = form.replace(learned=index == 2)
-        part = {kind: {name: state[kind][name] for name in (f"act_{index}",) if name in state[kind]} for kind in state}
-        (row,) = linen_gains(part, own)
-        assert row.name == f"act_{index}"
+
+    def loss(variables, x):
+        return jnp.sum(model.apply(variables, x, train=True, mutable=["batch_stats"])[0])
+
+    rows = jax.jit(gains_on_batch(loss))(variables, x)
+    assert [row.name for row in rows] == ["act_0", "act_1", "act_2"]
+    for index, row in enumerate(rows):
         z, y = (updates["intermediates"][f"{layer}_{index}"]["__call__"][0] for layer in ("Dense", "act"))
-        over = 0 if form.axes else None
-        np.testing.assert_allclose(row.forward, np.mean(np.mean(y**2, over) / np.var(z, over)), rtol=1e-4)
-        stats = activation_stats(jax.nn.gelu, z, feature_axes=form.axes)
-        bare = [np.mean(gain) for gain in gains(stats)]
-        np.testing.assert_allclose((row.bare_forward, row.bare_backward), bare, rtol=1e-4)
-        if form == EXACT and not own.learned:
-            assert (1 / row.forward + 1 / row.backward) / 2 == pytest.approx(1, rel=1e-5)
-    (uncorrected,) = linen_gains({"batch_stats": part["batch_stats"]}, form)
-    np.testing.assert_allclose(row.factor - uncorrected.factor, 0.3 * np.tanh(0.4), rtol=1e-4)
-    one = updates["batch_stats"]["act_0"]
-    compiled = jax.jit(functools.partial(linen_gains, form=form))({"batch_stats": {"b_10": one, "b_9": {"act": one}}})
-    assert [row.name for row in compiled] == ["b_9/act", "b_10"]
-    (first,) = linen_gains({"batch_stats": {"act_0": one}}, form)
-    chex.assert_trees_all_close(compiled[1][1:], first[1:], rtol=1e-5)
-
-
-def test_nnx_gains_are_linen_s():
-    form = Form.parse(ALL_MOMENTS).replace(rule="geometric", learned=True)
-    act = anact_jax.nnx.NSwish(features=5, form=form)
-    act.alpha[...] += 0.2
-    model = nnx.Sequential(anact_jax.nnx.NSwish(features=5, form=ALL_MOMENTS), act)
-    act(X.reshape(-1, 12)[:, :5], use_running_average=False)
-    state = {field: getattr(act, field)[...] for field in Stats._fields}
-    gains_in_form = jax.jit(functools.partial(linen_gains, form=form))
-    (expected,) = gains_in_form({"batch_stats": {"act": state}, "params": {"act": {"alpha": act.alpha[...]}}})
-    first, second = jax.jit(nnx_gains)(model)
-    assert (first.name, second.name) == ("layers/0", "layers/1")
-    chex.assert_trees_all_close(second[1:], expected[1:], rtol=1e-6)
-    assert first.factor != second.factor
+        np.testing.assert_allclose(row.forward, np.mean(y**2) / np.var(z), rtol=1e-4)
+        np.testing.assert_allclose(
+            (row.bare_forward, row.bare_backward), gains(activation_stats(jax.nn.gelu, z)), rtol=1e-4
+        )
+        balanced = jnp.sqrt((1 / row.bare_forward + 1 / row.bare_backward) / 2)
+        np.testing.assert_allclose(row.factor, balanced + (0.3 * np.tanh(0.4) if index == 2 else 0), rtol=1e-4)
 
 
 class TwoKinds(nn.Module):
-    form: str
+    form: Form
 
     @nn.compact
     def __call__(self, x):
@@ -266,7 +216,11 @@ class TwoKinds(nn.Module):
         return nn.remat(nn.Dense)(2)(act(nn.Dense(6)(x)))
 
 
-@pytest.mark.parametrize("form", ["forward+center+unit+diff+feature", "default"])
+@pytest.mark.parametrize(
+    "form",
+    [Standardized(), Standardized(std=1.0, tempering=0.1), Published()],
+    ids=["default", "tempered", "published"],
+)
 def test_gains_on_a_batch_are_those_of_its_statistics_for_any_form(form):
     model, x = TwoKinds(form), X.reshape(-1, 9)
     variables = jax.jit(model.init)(jax.random.key(0), x)
@@ -274,35 +228,15 @@ def test_gains_on_a_batch_are_those_of_its_statistics_for_any_form(form):
         gains_on_batch(lambda variables, x: jnp.sum(model.apply(variables, x, mutable=["batch_stats"])[0]))
     )(variables, x)
     z = nn.Dense(6).apply({"params": variables["params"]["Dense_0"]}, x)
-    f, form = tempered(jax.nn.swish, Form.parse(form).nonlinearity), Form.parse(form)
-    _, running = anact(jax.nn.swish, z, initial_stats(jax.nn.swish, form, (6,)), form)
-    factor, shift = normalization(running, form)
-    stats = activation_stats(f, z, feature_axes=-1)
+    _, running = anact(jax.nn.swish, z, initial_stats(jax.nn.swish, form), form)
+    factor, shift = form.factor_and_shift(running)
+    stats = activation_stats(form.activation(jax.nn.swish), z, axis=form.axis)
     after = gains(stats, shift=shift)
     expected = (factor**2 * after.forward, factor**2 * after.backward, factor, shift, *gains(stats))
     np.testing.assert_allclose(row[1:], [np.mean(value) for value in expected], rtol=1e-5)
     layer = anact_jax.nnx.NSwish(6, form=form)
     (of_nnx,) = jax.jit(gains_on_batch(lambda layer, z: jnp.sum(layer(z, use_running_average=False))))(layer, z)
     np.testing.assert_allclose(of_nnx[1:], row[1:], rtol=1e-5)
-
-
-@pytest.mark.parametrize("form", ["forward+unit", "backward"])
-def test_state_with_few_moments_tells_where_to_measure_gains(form):
-    layer = anact_jax.linen.NSwish(form=form, use_running_average=True)
-    with pytest.raises(
-        ValueError, match=rf"the state of ANAct has no .*form {form.replace('+', '.')} .*gains_on_batch"
-    ):
-        linen_gains(layer.init(jax.random.key(0), X), Form.parse(form))
-    with pytest.raises(ValueError, match="gains_on_batch"):
-        nnx_gains(anact_jax.nnx.NSwish(form=form))
-
-
-def test_models_without_normalized_activations_are_told():
-    batch_norm = {"params": {}, "batch_stats": {"BatchNorm_0": {"mean": X, "var": X}}}
-    with pytest.raises(ValueError, match="in collection 'batch_stats' of variables with params, batch_stats"):
-        linen_gains(batch_norm)
-    with pytest.raises(ValueError, match="no normalized activations in Linear"):
-        nnx_gains(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 
 
 def test_table_aligns_numbers_under_their_names():
@@ -347,8 +281,15 @@ class Blocks(nn.Module):
         return nn.Dense(2)(x)
 
 
-@pytest.mark.parametrize("around", [jax.jit, lambda measure: measure], ids=["jit", "eager"])
-@pytest.mark.parametrize("block", [nn.jit(Inner), Compiled], ids=["class", "method"])
+@pytest.mark.parametrize(
+    ("block", "around"),
+    [
+        pytest.param(nn.jit(Inner), jax.jit, id="class-jit"),
+        pytest.param(Compiled, lambda measure: measure, id="method-eager"),
+        pytest.param(Compiled, jax.jit, id="method-jit", marks=pytest.mark.slow),
+        pytest.param(nn.jit(Inner), lambda measure: measure, id="class-eager", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_blocks_have_the_rows_of_plain_ones(block, around):
     x = X.reshape(-1, 9)[:, :5]
     plain, compiled = Blocks(Inner), Blocks(block)
@@ -407,9 +348,9 @@ def test_gains_leave_out_what_the_mask_leaves_out():
     def linen_loss(mask):
         return lambda x: jnp.sum(layer.apply(variables, x, mask=mask, mutable=["batch_stats"])[0])
 
-    (expected,) = gains_on_batch(linen_loss(None))(x)
-    (found,) = gains_on_batch(linen_loss(mask))(padded)
-    (of_nnx,) = gains_on_batch(lambda layer, x: jnp.sum(layer(x, mask=mask)))(same, padded)
+    (expected,) = jax.jit(gains_on_batch(linen_loss(None)))(x)
+    (found,) = jax.jit(gains_on_batch(linen_loss(mask)))(padded)
+    (of_nnx,) = jax.jit(gains_on_batch(lambda layer, x: jnp.sum(layer(x, mask=mask))))(same, padded)
     np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-4)
     np.testing.assert_allclose(of_nnx[1:], expected[1:], rtol=1e-4)
 
@@ -433,7 +374,7 @@ class WithPlain(nn.Module):
 def test_plain_modules_have_gains_of_the_batch():
     model, x = WithPlain(), X.reshape(-1, 9)
     variables = jax.jit(model.init)(jax.random.key(1), x)
-    loss, layers = loss_of(model), (*ACTIVATIONS, nn.PReLU, Swish)
+    loss, layers = loss_of(model), (*NORMALIZED, nn.PReLU, Swish)
     rows = jax.jit(gains_on_batch(loss, layers))(variables, x)
     assert [row.name for row in rows] == ["PReLU_0", "NSwish_0", "Swish_0"]
     entering = [passed.signal for passed in jax.jit(pass_through(loss))(variables, x)]

@@ -12,15 +12,16 @@ SHARD_MAP = """
 import jax, jax.numpy as jnp
 from anact_jax import anact, gaussian_stats
 from anact_jax.statistics import Stats
+from anact_jax import Published
 jax.config.update("jax_num_cpu_devices", 8)
-form = "mean+center+unit+diff+feature"
+form = Published(center=True)
 mesh = jax.make_mesh((8,), ("data",))
 spec = jax.sharding.PartitionSpec
 def loss(x, running):
     y, new = anact(jax.nn.gelu, x, running, form, axis_name="data")
     return jax.lax.psum(jnp.sum(jnp.sin(y)), "data"), new
 with jax.set_mesh(mesh):
-    running = Stats(*(jnp.full(4, value) for value in (3.0, 0.0, 1.0, 0.3, 0.3, 0.5)))
+    running = Stats(*(jnp.full((), value) for value in (3.0, 0.0, 1.0, 0.3, 0.3, 0.5)))
     x = jax.device_put(jax.random.normal(jax.random.key(0), (64, 4)), jax.NamedSharding(mesh, spec("data")))
     specs = {"in_specs": (spec("data"), spec()), "out_specs": (spec(), spec())}
     total, new = jax.jit(jax.shard_map(loss, **specs))(x, running)

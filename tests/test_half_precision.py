@@ -7,10 +7,11 @@ import numpy as np
 import oracles
 import pytest
 
-from anact_jax import DEFAULT, PUBLISHED, anact, initial_stats
+from anact_jax import Published, Standardized, anact, initial_stats
 from anact_jax.activations import activation
 from anact_jax.linen import NSigmoid, NSwish
 
+DEFAULT = Standardized()
 HALF = [jnp.bfloat16, jnp.float16]
 OFFSETS = {"swish": (0.0, -1.5, 300.0), "relu": (0.3, 300.0), "sigmoid": (0.0, 1.5), "tanh": (-1.0, 0.02)}
 
@@ -32,7 +33,7 @@ def batch(offsets, spreads, dtype):
 
 def stepped(name, x, form=DEFAULT):
     f = activation(name)
-    running = initial_stats(f, form, (x.shape[-1],) if form.axes else ())
+    running = initial_stats(f, form)
     return jax.jit(lambda x: anact(f, x, running, form))(x)
 
 
@@ -66,7 +67,7 @@ def test_neighboring_numbers_count_as_constant(name, dtype):
 
 
 def test_neighbors_are_constant_to_the_published_form():
-    _, new = stepped("swish", neighbors(300.0, jnp.bfloat16), PUBLISHED)
+    _, new = stepped("swish", neighbors(300.0, jnp.bfloat16), Published())
     assert new.count == 0
 
 
@@ -101,13 +102,13 @@ def test_small_sigmoid_signals_pass_five_layers():
     np.testing.assert_allclose(np.std(np.asarray(y, np.float64), axis=0), 0.5, rtol=0.02)
 
 
-@pytest.mark.parametrize("form", [DEFAULT, PUBLISHED], ids=str)
+@pytest.mark.parametrize("form", [DEFAULT, Published()], ids=["default", "published"])
 @pytest.mark.parametrize("units", [0, 0.3, 4])
 def test_shards_judge_as_one_batch_does(units, form):
     x = batch([300.0] * 3, units * unit(300.0, jnp.bfloat16), jnp.bfloat16)
     whole_y, whole = stepped("swish", x, form)
     parts = x.reshape(4, -1, 3)
-    running = initial_stats(jax.nn.swish, form, (3,) if form.axes else ())
+    running = initial_stats(jax.nn.swish, form)
     y, new = jax.vmap(lambda x: anact(jax.nn.swish, x, running, form, axis_name="parts"), axis_name="parts")(parts)
     np.testing.assert_array_equal(new.count, np.broadcast_to(whole.count, new.count.shape))
     np.testing.assert_allclose(

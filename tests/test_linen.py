@@ -11,14 +11,24 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from oracles import ALL_MOMENTS
 
 import anact_jax.linen
-from anact_jax import ACTIVATIONS, DEFAULT, PUBLISHED, Form, Stats, anact, gaussian_stats, restored, tempered
+import anact_jax.nnx
+from anact_jax import (
+    ACTIVATIONS,
+    MOMENTS,
+    Published,
+    Standardized,
+    Stats,
+    anact,
+    gaussian_stats,
+    initial_stats,
+    restored,
+)
 
 # How modules thread state does not depend on their form; the published one has a single number of each kind a layer.
 ANAct, NReLU, NSwish = (
-    functools.partial(module, form=PUBLISHED)
+    functools.partial(module, form=Published())
     for module in (anact_jax.linen.ANAct, anact_jax.linen.NReLU, anact_jax.linen.NSwish)
 )
 
@@ -59,9 +69,7 @@ def test_named_modules_are_anact_of_that_function(name, module):
     variables = layer.init(jax.random.key(0), X)
     y, _ = layer.apply(variables, X, mutable=["batch_stats"])
     f = ACTIVATIONS[name]
-    prior = gaussian_stats(tempered(f, DEFAULT.nonlinearity))
-    prior = jax.tree.map(lambda value: jnp.broadcast_to(value, (6,)), prior)
-    np.testing.assert_array_equal(y, anact(f, X, prior, DEFAULT)[0])
+    np.testing.assert_array_equal(y, anact(f, X, initial_stats(f, shape=(6,)))[0])
 
 
 def test_every_activation_has_a_named_module():
@@ -72,17 +80,23 @@ def test_every_activation_has_a_named_module():
 def test_defaults_of_named_modules_are_those_of_anact():
     for name in NAMES.values():
         layer = getattr(anact_jax.linen, name)()
-        assert layer.form == DEFAULT
+        assert layer.form == Standardized()
 
 
-@pytest.mark.parametrize(("center", "reference", "stop_gradient"), [(False, "input", True), (True, "unit", False)])
-@pytest.mark.parametrize("feature_axes", [(), -1])
-def test_is_a_shell_around_the_pure_function(center, reference, stop_gradient, feature_axes):
-    form = Form("geometric", center, reference, None, feature_axes, stop_gradient)
+@pytest.mark.parametrize(
+    "form",
+    [
+        Standardized(),
+        Standardized(std=1.2, center=False, axis=None, tempering=0.1, stop_gradient=True),
+        Published(center=True),
+    ],
+    ids=["default", "options", "published"],
+)
+def test_is_a_shell_around_the_pure_function(form):
     layer = anact_jax.linen.ANAct(jnp.tanh, momentum=0.7, form=form)
     variables = layer.init(jax.random.key(0), X, use_running_average=False)
     running = state_of(variables)
-    chex.assert_shape(list(running), (6,) if feature_axes else ())
+    chex.assert_trees_all_equal(running, initial_stats(jnp.tanh, form, () if form.axis is None else (6,)))
     for step in range(4):
         x = X * (1.0 + step)
         y, variables = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
@@ -112,8 +126,8 @@ def test_layer_called_twice_updates_twice():
     variables = Twice().init(jax.random.key(0), X, train=True)
     assert float(variables["batch_stats"]["NSwish_0"]["count"]) == 0
     y, variables = Twice().apply(variables, X, train=True, mutable=["batch_stats"])
-    first, running = anact(jax.nn.swish, X, gaussian_stats(jax.nn.swish), PUBLISHED)
-    second, running = anact(jax.nn.swish, first * 3.0, running, PUBLISHED)
+    first, running = anact(jax.nn.swish, X, gaussian_stats(jax.nn.swish), Published())
+    second, running = anact(jax.nn.swish, first * 3.0, running, Published())
     np.testing.assert_allclose(y, second, rtol=1e-6)
     chex.assert_trees_all_close(state_of(variables["batch_stats"], "NSwish_0"), running, rtol=1e-6)
 
@@ -219,7 +233,12 @@ def test_using_and_updating_are_independent(use_running_average, update):
     variables = layer.init(jax.random.key(0), X)
     y, updates = layer.apply(variables, X, mutable=["batch_stats"])
     expected, running = anact(
-        jax.nn.swish, X, gaussian_stats(jax.nn.swish), PUBLISHED, use_running_average=use_running_average, update=update
+        jax.nn.swish,
+        X,
+        gaussian_stats(jax.nn.swish),
+        Published(),
+        use_running_average=use_running_average,
+        update=update,
     )
     np.testing.assert_array_equal(y, expected)
     chex.assert_trees_all_equal(state_of(updates), running)
@@ -250,16 +269,15 @@ def test_one_trace_a_mode_over_ten_steps_with_fresh_modules():
 
 
 def test_learnable_correction_starts_at_zero_stays_bounded_and_learns():
-    form = PUBLISHED.replace(feature_axes=-1)
-    layer = NSwish(form=form.replace(learned=True), use_running_average=False)
+    layer = anact_jax.linen.NSwish(form=Published(learned=True), use_running_average=False)
     variables = layer.init(jax.random.key(0), X)
-    chex.assert_trees_all_equal(variables["params"]["alpha"], jnp.zeros(6))
-    plain = NSwish(form=form, use_running_average=False)
+    chex.assert_trees_all_equal(variables["params"]["alpha"], jnp.zeros(()))
+    plain = NSwish(use_running_average=False)
     y, _ = layer.apply(variables, X, mutable=["batch_stats"])
     y_plain, _ = plain.apply({"batch_stats": variables["batch_stats"]}, X, mutable=["batch_stats"])
     np.testing.assert_array_equal(y, y_plain)
 
-    far = {**variables, "params": {"alpha": jnp.full(6, 100.0)}}
+    far = {**variables, "params": {"alpha": jnp.float32(100.0)}}
     y_far, _ = layer.apply(far, X, mutable=["batch_stats"])
     np.testing.assert_allclose(y_far - y_plain, 0.3 * jax.nn.swish(X), rtol=1e-4, atol=1e-5)
 
@@ -268,7 +286,7 @@ def test_learnable_correction_starts_at_zero_stays_bounded_and_learns():
         return jnp.sum(y)
 
     gradient = jax.grad(loss)(variables["params"])["alpha"]
-    np.testing.assert_allclose(gradient, 0.3 * jnp.sum(jax.nn.swish(X), axis=0), rtol=1e-4)
+    np.testing.assert_allclose(gradient, 0.3 * jnp.sum(jax.nn.swish(X)), rtol=1e-4)
 
 
 def test_collection_can_be_named():
@@ -315,17 +333,14 @@ def test_remat_changes_nothing_and_updates_once():
     ("options", "error", "message"),
     [
         ({"fn": "swish"}, TypeError, "fn must be an elementwise function"),
-        ({"form": "median"}, ValueError, "unknown form 'median'.*rules: mean, forward"),
-        ({"form": "mean+output"}, ValueError, "unknown part 'output' of form 'mean\\+output'"),
+        ({"form": "median"}, ValueError, "unknown form 'median'; expected 'default', 'published'"),
+        ({"form": None, "std": -1.0}, ValueError, "std must be a positive number"),
         ({"momentum": 1.5}, ValueError, r"\[0, 1\], got 1.5"),
     ],
 )
 def test_bad_options_are_refused_when_made(options, error, message):
     with pytest.raises(error, match=message):
         ANAct(**options)
-
-
-FORWARD = "forward+center+unit+diff+feature+nu0.1"
 
 
 @pytest.mark.parametrize("module", NAMES.values())
@@ -386,39 +401,101 @@ def test_one_layer_at_two_widths_is_an_error():
         layer.apply(layer.init(jax.random.key(0), X), X[:, :4])
 
 
+# State as version 0.1.0 saved it, by the names of its moments.
+SAVED = {"default": ("count", "mean_out", "var_out"), "published": ("count", *MOMENTS)}
+
+
+def saved_state(kind, shape):
+    values = {"count": 7.0, "mean_in": 0.4, "var_in": 3.0, "mean_out": 0.6, "var_out": 1.5, "slope_sq": 0.7}
+    return {name: jnp.full(shape, values[name], jnp.float32) for name in SAVED[kind]}
+
+
 @pytest.mark.parametrize("use_running_average", [False, True])
-def test_state_without_a_moment_is_an_error_that_names_form_and_remedy(use_running_average):
-    layer = anact_jax.linen.NSwish(use_running_average=use_running_average, form=ALL_MOMENTS)
-    saved = anact_jax.linen.NSwish(form=FORWARD, use_running_average=True).init(jax.random.key(0), X)
-    message = r"NSwish has no mean_in, var_in, slope_sq in .*form mean\+center\+unit.*anact_jax\.restored\("
-    with pytest.raises(ValueError, match=message):
-        layer.apply(saved, X, mutable=["batch_stats"])
-    fresh = layer.init(jax.random.key(0), X)["batch_stats"]
-    state = restored(saved["batch_stats"], fresh, start_anew=True)
-    y, updates = layer.apply({"batch_stats": state}, X, mutable=["batch_stats"])
-    np.testing.assert_array_equal(y, layer.apply({"batch_stats": fresh}, X, mutable=["batch_stats"])[0])
-    assert set(updates["batch_stats"]) == set(fresh)
+@pytest.mark.parametrize(
+    ("form", "shape"),
+    [
+        (Standardized(), (6,)),
+        (Standardized(), ()),
+        (Standardized(axis=None), ()),
+        (Published(), ()),
+        (Published(center=True, learned=True), ()),
+    ],
+    ids=["default", "default of one", "one a layer", "published", "learned"],
+)
+def test_state_of_version_0_1_loads(form, shape, use_running_average):
+    kind = "published" if isinstance(form, Published) else "default"
+    alpha = jnp.float32(0.4) if form.learned else None
+    state = saved_state(kind, shape)
+    variables = {"batch_stats": state} | ({"params": {"alpha": alpha}} if form.learned else {})
+    layer = anact_jax.linen.NSwish(form=form, use_running_average=use_running_average)
+    chex.assert_trees_all_equal(restored(state, state), state)
+    y, updates = layer.apply(variables, X, mutable=["batch_stats"])
+    expected, running = anact(
+        jax.nn.swish, X, Stats(**state), form, use_running_average=use_running_average, alpha=alpha
+    )
+    np.testing.assert_array_equal(y, expected)
+    chex.assert_trees_all_equal(state_of(updates), running)
+    assert float(running.count.max()) == (7 if use_running_average else 8)
+    chex.assert_trees_all_equal(layer.bind(variables).running_stats(), Stats(**state))
+    numbers = layer.bind(variables).normalization()
+    chex.assert_trees_all_equal(numbers, form.factor_and_shift(Stats(**state), alpha))
+
+    same = anact_jax.nnx.NSwish(6, form=form, use_running_average=use_running_average)
+    nnx.update(same, nnx.State(state | ({"alpha": alpha} if form.learned else {})))
+    chex.assert_trees_all_equal(same.running_stats(), Stats(**state))
+    chex.assert_trees_all_equal(same.normalization(), numbers)
+    np.testing.assert_array_equal(same(X), y)
+    chex.assert_trees_all_equal(same.running_stats(), running)
 
 
-def test_form_by_forward_gain_holds_three_statistics():
-    layer = anact_jax.linen.NSwish(form=FORWARD, use_running_average=False)
+@pytest.mark.parametrize("use_running_average", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "form", "message"),
+    [
+        ("published", Standardized(), "has mean_in, var_in, slope_sq too, which form Standardized.* does not use"),
+        ("published", Standardized(axis=None), "has mean_in, var_in, slope_sq too, which form Standardized"),
+        ("default", Published(), "has no mean_in, var_in, slope_sq, which form Published.* uses"),
+    ],
+)
+def test_state_of_another_form_is_refused(saved, form, message, use_running_average):
+    layer = anact_jax.linen.NSwish(use_running_average=use_running_average, form=form)
+    remedy = r".*the form it was trained with.*anact_jax\.restored\(saved, fresh, start_anew=True\)"
+    for shape in ((), (6,)):
+        variables = {"batch_stats": saved_state(saved, shape)}
+        with pytest.raises(ValueError, match=f"NSwish {message}{remedy}"):
+            layer.apply(variables, X, mutable=["batch_stats"])
+        for read in (layer.bind(variables).running_stats, layer.bind(variables).normalization):
+            with pytest.raises(ValueError, match="has no batch_stats/mean_in" if saved == "default" else message):
+                read()
+        fresh = layer.init(jax.random.key(0), X)["batch_stats"]
+        with pytest.raises(ValueError, match="the model's form"):
+            restored(variables["batch_stats"], fresh)
+        state = restored(variables["batch_stats"], fresh, start_anew=True)
+        y, updates = layer.apply({"batch_stats": state}, X, mutable=["batch_stats"])
+        np.testing.assert_array_equal(y, layer.apply({"batch_stats": fresh}, X, mutable=["batch_stats"])[0])
+        assert set(updates["batch_stats"]) == set(fresh)
+
+
+def test_default_state_of_one_layer_holds_three_arrays():
+    layer = anact_jax.linen.NSwish(use_running_average=False)
     variables = layer.init(jax.random.key(0), X)
     assert set(variables["batch_stats"]) == {"count", "mean_out", "var_out"}
     _, updates = layer.apply(variables, X, mutable=["batch_stats"])
     assert set(updates["batch_stats"]) == {"count", "mean_out", "var_out"}
 
 
-@pytest.mark.parametrize("use_running_average", [False, True])
-def test_moments_that_the_form_does_not_use_are_tolerated_in_the_state(use_running_average):
-    saved = anact_jax.linen.NSwish(use_running_average=False)
-    _, saved = saved.apply(saved.init(jax.random.key(0), X), X, mutable=["batch_stats"])
-    needed = {"batch_stats": {name: saved["batch_stats"][name] for name in ("count", "mean_out", "var_out")}}
-    layer = anact_jax.linen.NSwish(form=FORWARD, use_running_average=use_running_average)
-    y, state = layer.apply(saved, 2 * X, mutable=["batch_stats"])
-    expected, expected_state = layer.apply(needed, 2 * X, mutable=["batch_stats"])
-    np.testing.assert_array_equal(y, expected)
-    for name, value in expected_state["batch_stats"].items():
-        np.testing.assert_array_equal(state["batch_stats"][name], value)
+def test_normalization_is_that_of_inference():
+    for form in (Standardized(), Published(learned=True)):
+        layer = anact_jax.linen.NSwish(form=form, use_running_average=False)
+        variables = layer.init(jax.random.key(0), X)
+        _, updates = layer.apply(variables, X, mutable=["batch_stats"])
+        bound = layer.copy(use_running_average=True).bind(variables | updates)
+        factor, shift = bound.normalization()
+        expected = np.asarray(factor).reshape(1, -1) * (jax.nn.swish(X) - np.asarray(shift).reshape(1, -1))
+        np.testing.assert_allclose(bound(X), expected, rtol=1e-5, atol=1e-6)
+        assert bound.running_stats().mean_out.shape == () if form.learned else (6,)
+        narrow = jax.tree.map(lambda value: value.astype(jnp.bfloat16), variables)
+        chex.assert_type(bound.clone().bind(narrow).running_stats().mean_out, jnp.float32)
 
 
 @pytest.mark.parametrize("use_running_average", [False, True])
@@ -458,9 +535,8 @@ class LearnedSlope(nn.Module):
 
 
 def prelu():
-    # Tempered to one nonlinearity, all leaky ReLUs are the same but for their scale: the slope would have no gradient.
-    fn, form = nn.PReLU(param_dtype=jnp.float64, negative_slope_init=0.25), DEFAULT.replace(nonlinearity=None)
-    return anact_jax.linen.ANAct(fn, form=form, use_running_average=False)
+    fn = nn.PReLU(param_dtype=jnp.float64, negative_slope_init=0.25)
+    return anact_jax.linen.ANAct(fn, use_running_average=False)
 
 
 @pytest.mark.parametrize("make", [LearnedSlope, prelu])

@@ -11,20 +11,21 @@ import optax
 import pytest
 from flax import nnx
 from flax.nnx import bridge
-from oracles import ALL_MOMENTS
 
 import anact_jax.linen
 import anact_jax.nnx
-from anact_jax import DEFAULT, PUBLISHED, Form, Stats
+from anact_jax import Published, Standardized, Stats, restored
 from anact_jax.nnx import ANAct, NSwish
 
 NAMES = ["NReLU", "NLeakyReLU", "NELU", "NSELU", "NTanh", "NSigmoid", "NSoftplus", "NSwish", "NGELU", "NMish"]
-OPTIONS = [
-    {},
-    pytest.param({"form": PUBLISHED}, marks=pytest.mark.slow),
-    pytest.param({"form": Form("exact", stop_gradient=True, learned=True), "features": 12}, marks=pytest.mark.slow),
-    {"form": "forward+center+unit+diff+feature+nu0.1"},
-]
+OPTIONS = {
+    "default": {},
+    "published": {"form": Published()},
+    "learned": pytest.param({"form": Published(center=True, learned=True)}, marks=pytest.mark.slow),
+    "options": pytest.param(
+        {"std": 1.0, "axis": None, "tempering": 0.1, "stop_gradient": True, "center": False}, marks=pytest.mark.slow
+    ),
+}
 
 
 def batches(count, seed=0, shape=(16, 6)):
@@ -54,8 +55,7 @@ def trained(steps, **options):
         @nn.compact
         def __call__(self, x, train):
             x = nn.Dense(12)(x)
-            shared = {name: value for name, value in options.items() if name != "features"}
-            x = anact_jax.linen.ANAct(**shared)(x, use_running_average=not train)
+            x = anact_jax.linen.ANAct(**options)(x, use_running_average=not train)
             return nn.Dense(3)(x)
 
     xs, labels, optimizer = batches(steps), jnp.arange(16) % 3, optax.sgd(0.1, momentum=0.9)
@@ -102,7 +102,7 @@ def trained(steps, **options):
     return losses, (state_of(net.act), Stats(**stats["ANAct_0"])), (outputs, expected)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_ten_training_steps_equal_linen_s_to_the_last_bit(options):
     losses, (state, expected_state), (outputs, expected) = trained(10, **options)
     assert all(ours == linen for ours, linen in losses)
@@ -175,9 +175,9 @@ def test_frozen_withstands_train_of_its_parent():
     ("options", "message"),
     [
         ({"momentum": 2.0}, "momentum is the weight of the past"),
-        ({"form": "mean+nu0.0"}, "nonlinearity must be a positive number"),
-        ({"features": (3, 4)}, "features must give the size of each of feature_axes"),
-        ({"form": "mean+feature+learned"}, r"a learned form needs features, the sizes of feature_axes \(-1,\)"),
+        ({"tempering": 0.0}, "tempering must be a positive number"),
+        ({"form": "median"}, "unknown form 'median'; expected 'default', 'published'"),
+        ({"form": "published", "std": 1.0}, "std=1.0 beside form=Published"),
     ],
 )
 def test_bad_options_are_refused_when_made(options, message):
@@ -187,11 +187,11 @@ def test_bad_options_are_refused_when_made(options, message):
 
 def test_features_have_statistics_of_their_own():
     x = batches(1)[0] * jnp.arange(1.0, 7)[None]
-    layer, unshaped = (ANAct(features=features, form=ALL_MOMENTS, use_running_average=False) for features in (6, None))
+    layer, unshaped = (ANAct(features=features, tempering=0.1) for features in (6, None))
     chex.assert_shape([layer.count[...], unshaped.count[...]], [(6,), ()])
     np.testing.assert_array_equal(unshaped(x, use_running_average=True), layer(x, use_running_average=True))
     np.testing.assert_array_equal(unshaped(x), layer(x))
-    np.testing.assert_allclose(layer.var_in[...], x.var(0), rtol=1e-4)
+    np.testing.assert_allclose(layer.var_out[...], layer.activation(x).var(0), rtol=1e-4)
     chex.assert_trees_all_equal(state_of(unshaped), state_of(layer))
 
 
@@ -340,18 +340,15 @@ def test_mask_leaves_padding_out():
 
 
 def test_groups_of_shards():
-    layer = ANAct(features=6, form=ALL_MOMENTS, axis_name="batch", axis_index_groups=[[0, 1], [2, 3]])
+    layer = ANAct(features=6, form="published", axis_name="batch", axis_index_groups=[[0, 1], [2, 3]])
     layer.train()
     x = batches(4)
     in_groups = nnx.vmap(lambda layer, x: layer(x), in_axes=(nnx.StateAxes({nnx.BatchStat: 0}), 0), axis_name="batch")
     state = jax.tree.map(lambda value: jnp.broadcast_to(value, (4, *value.shape)), nnx.state(layer))
     nnx.update(layer, state)
     in_groups(layer, x)
-    expected = jnp.repeat(jnp.stack([x[:2].mean((0, 1)), x[2:].mean((0, 1))]), 2, axis=0)
+    expected = jnp.repeat(jnp.stack([x[:2].mean(), x[2:].mean()]), 2)
     np.testing.assert_allclose(layer.mean_in[...], expected, rtol=1e-5, atol=1e-6)
-
-
-FORWARD = "forward+center+unit+diff+feature+nu0.1"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -383,8 +380,22 @@ def test_traced_momentum_gives_the_state_of_the_number():
 
 def test_layers_train_as_constructed():
     x, layer = batches(1)[0], NSwish()
+    assert layer.use_running_average is False
     np.testing.assert_array_equal(layer(x), NSwish(use_running_average=False)(x))
     assert layer.count[...].max() == 1
+
+
+@pytest.mark.skipif(not hasattr(nnx, "view"), reason="Flax 0.12.2 has no views")
+def test_view_of_a_model_switches_its_layers():
+    x, net = batches(1)[0], Net(nnx.Rngs(0))
+    inference = nnx.view(net, use_running_average=True)
+    expected = nnx.clone(net)
+    expected.eval()
+    np.testing.assert_array_equal(inference(x), expected(x))
+    assert net.act.count[...].max() == 0
+    training = nnx.view(inference, use_running_average=False)
+    np.testing.assert_array_equal(training(x), net(x))
+    assert net.act.count[...].max() == 2  # a view shares the state
 
 
 @pytest.mark.parametrize(
@@ -428,22 +439,51 @@ def test_one_layer_at_two_widths_is_an_error(use_running_average):
         layer(x[:, :4], use_running_average)
 
 
-def test_form_by_forward_gain_holds_three_statistics():
-    layer = NSwish(6, form=FORWARD, use_running_average=False)
+def test_default_state_holds_three_arrays():
+    layer = NSwish(6)
     layer(batches(1)[0])
     assert set(nnx.to_pure_dict(nnx.state(layer))) == {"count", "mean_out", "var_out"}
 
 
 @pytest.mark.parametrize("use_running_average", [False, True])
-def test_moments_that_the_form_does_not_use_are_tolerated_in_the_state(use_running_average):
-    xs, saved = batches(2), NSwish(6, use_running_average=False)
-    saved(xs[0])
-    layer, expected = (NSwish(6, form=FORWARD, use_running_average=use_running_average) for _ in range(2))
+@pytest.mark.parametrize("axis", [-1, None])
+def test_published_state_in_a_default_layer_is_refused(axis, use_running_average):
+    x, saved = batches(1)[0], NSwish(6, form="published")
+    saved(x)
+    layer = NSwish(6, axis=axis, use_running_average=use_running_average)
+    fresh = nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
     nnx.update(layer, nnx.state(saved))
-    for name in ("count", "mean_out", "var_out"):
-        getattr(expected, name).set_value(getattr(saved, name)[...])
-    np.testing.assert_array_equal(layer(xs[1]), expected(xs[1]))
-    chex.assert_trees_all_equal(state_of(layer), state_of(expected))
+    message = r"NSwish has mean_in, var_in, slope_sq too, which form Standardized.* does not use.*restored\("
+    for read in (lambda: layer(x), layer.running_stats, layer.normalization):
+        with pytest.raises(ValueError, match=message):
+            read()
+    with pytest.raises(ValueError, match="have mean_in, var_in, slope_sq, which the model's form does not use"):
+        restored(nnx.to_pure_dict(nnx.state(saved)), fresh)
+
+
+def test_default_state_in_a_published_layer_is_refused():
+    x, saved = batches(1)[0], NSwish(6)
+    saved(x)
+    layer = NSwish(6, form="published")
+    fresh = nnx.to_pure_dict(nnx.state(layer))
+    with pytest.raises(ValueError, match=r"have no mean_in, .*var_in, which the model's form uses"):
+        restored(nnx.to_pure_dict(nnx.state(saved)), fresh)
+    nnx.update(layer, nnx.state(saved))
+    for read in (lambda: layer(x), layer.running_stats, layer.normalization):
+        with pytest.raises(ValueError, match=r"NSwish has .*another form"):
+            read()
+
+
+@pytest.mark.parametrize("form", [Standardized(), Published(learned=True)], ids=["default", "learned"])
+def test_normalization_is_that_of_inference(form):
+    x, layer = batches(1)[0], NSwish(6, form=form)
+    layer(x)
+    factor, shift = (np.reshape(value, (1, -1)) for value in layer.normalization())
+    expected = factor * (jax.nn.swish(x) - shift)
+    np.testing.assert_allclose(layer(x, use_running_average=True), expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(layer.running_stats(), state_of(layer))
+    nnx.update(layer, jax.tree.map(lambda value: value.astype(jnp.bfloat16), nnx.state(layer)))
+    chex.assert_type(layer.running_stats().mean_out, jnp.float32)
 
 
 @pytest.mark.parametrize("use_running_average", [False, True])
@@ -461,13 +501,13 @@ def test_dtype_is_that_of_the_output_alone(use_running_average):
 def test_state_in_bfloat16_stays_in_it_and_works(use_running_average):
     x, (layer, wide) = (
         batches(1)[0],
-        (NSwish(6, form=ALL_MOMENTS, use_running_average=use_running_average) for _ in range(2)),
+        (NSwish(6, tempering=0.1, use_running_average=use_running_average) for _ in range(2)),
     )
     nnx.update(layer, jax.tree.map(lambda value: value.astype(jnp.bfloat16), nnx.state(layer)))
-    chex.assert_type(list(state_of(layer)), jnp.bfloat16)
+    chex.assert_type(jax.tree.leaves(state_of(layer)), jnp.bfloat16)
     y = layer(x)
     chex.assert_type(y, jnp.float32)
-    chex.assert_type(list(state_of(layer)), jnp.bfloat16)
+    chex.assert_type(jax.tree.leaves(state_of(layer)), jnp.bfloat16)
     np.testing.assert_allclose(y, wide(x), rtol=0.02, atol=0.02)
     widened = jax.tree.map(lambda value: value.astype(jnp.float32), state_of(layer))
     chex.assert_trees_all_close(widened, state_of(wide), rtol=2.0**-8)
@@ -476,9 +516,7 @@ def test_state_in_bfloat16_stays_in_it_and_works(use_running_average):
 def test_gradient_in_a_learned_slope_equals_finite_differences():
     with jax.enable_x64(True):
         x = jnp.asarray(batches(1)[0], jnp.float64)
-        # Tempered to one nonlinearity, all leaky ReLUs are the same but for their scale.
-        fn, form = nnx.PReLU(0.25, param_dtype=jnp.float64), DEFAULT.replace(nonlinearity=None)
-        layer = ANAct(fn, 6, form=form, use_running_average=False)
+        layer = ANAct(nnx.PReLU(0.25, param_dtype=jnp.float64), 6)
 
         @nnx.jit
         def loss(layer):
@@ -510,7 +548,7 @@ def test_eager_is_jit_after_the_slope_was_changed_in_place(use_running_average):
 def test_bridge_to_linen_keeps_statistics_in_batch_stats():
     class Holder(nnx.Module):
         def __init__(self, rngs):
-            self.act = NSwish(6, form=ALL_MOMENTS, use_running_average=False, rngs=rngs)
+            self.act = NSwish(6, form="published", rngs=rngs)
 
         def __call__(self, x):
             return self.act(x)

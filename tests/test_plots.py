@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import anact_jax.nnx
-from anact_jax.diagnostics import LayerGains, LayerVariances, nnx_gains
+from anact_jax.diagnostics import LayerGains, LayerVariances
 from anact_jax.plots import draw
 
 
@@ -55,7 +54,7 @@ def test_gains_share_an_axis_with_a_line_at_1_and_those_at_one_place_are_joined(
 
 
 def test_gains_over_training_have_a_panel_for_each_number():
-    rows = nnx_gains(anact_jax.nnx.NSwish(form="published"))
+    rows = gains_at(["NSwish"], [1.0])
     figure = draw({0: rows, 1: [rows[0]._replace(shift=-rows[0].shift, factor=20 * rows[0].factor)]}, over="training")
     titles = [panel.get_title() for panel in figure.axes]
     assert titles == ["forward", "backward", "factor", "shift", "bare forward", "bare backward"]

@@ -8,10 +8,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from oracles import ALL_MOMENTS
 
 import anact_jax.nnx
-from anact_jax import ACTIVATIONS, DEFAULT, Form, Stats, anact, initial_stats, normalization, tempered
+from anact_jax import ACTIVATIONS, Published, Standardized, Stats, anact, initial_stats, tempered
 from anact_jax.linen import ANAct, NSwish
 
 
@@ -33,12 +32,12 @@ class Net(nn.Module):
 def test_half_precision_keeps_its_dtype_and_measures_in_float32(name, dtype):
     f = ACTIVATIONS[name]
     x = 1.0 + 3.0 * jax.random.normal(jax.random.key(0), (256, 4))
-    prior = initial_stats(f, DEFAULT, (4,))
-    y, state = anact(f, x.astype(dtype), prior, DEFAULT)
-    expected, expected_state = anact(f, x, prior, DEFAULT)
+    prior = initial_stats(f, shape=(4,))
+    y, state = anact(f, x.astype(dtype), prior)
+    expected, expected_state = anact(f, x, prior)
     assert y.dtype == dtype
     chex.assert_trees_all_equal_dtypes(state, expected_state)
-    factor, expected_factor = (normalization(s, DEFAULT).factor for s in (state, expected_state))
+    factor, expected_factor = (Standardized().factor_and_shift(s).factor for s in (state, expected_state))
     np.testing.assert_allclose(factor, expected_factor, rtol=0.01)
     np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.05)
 
@@ -102,24 +101,26 @@ def test_skipped_steps_of_loss_scaling_do_not_poison_the_state(poison):
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True))
 
 
-def test_double_precision_is_double_throughout():
+@pytest.mark.parametrize("kind", ["default", "published"])
+def test_double_precision_is_double_throughout(kind):
     with jax.enable_x64(True):
         x = 1.0 + 3.0 * jax.random.normal(jax.random.key(0), (1000, 4), jnp.float64)
-        layer = NSwish(use_running_average=False, form=Form.parse(ALL_MOMENTS).replace(epsilon=0.0))
+        forms = {"default": Standardized(tempering=0.1, epsilon=0.0), "published": Published(center=True, epsilon=0.0)}
+        layer = NSwish(use_running_average=False, form=forms[kind])
         variables = layer.init(jax.random.key(1), x)
         y, updates = layer.apply(variables, x, mutable=["batch_stats"])
         chex.assert_trees_all_equal_dtypes(updates["batch_stats"], variables["batch_stats"])
         state = Stats(**updates["batch_stats"])
-        assert y.dtype == state.mean_in.dtype == jnp.float64
-        z = np.asarray(x) / (1 + np.exp(-np.asarray(x)))
-        kappa = float(layer.activation(jnp.float64(1)) - jax.nn.swish(jnp.float64(1)))
-        z = z + kappa * np.asarray(x)
-        np.testing.assert_allclose(state.var_out, z.var(0), rtol=1e-12)
+        assert y.dtype == state.mean_out.dtype == jnp.float64
         sigmoid = 1 / (1 + np.exp(-np.asarray(x)))
-        slope = sigmoid * (1 + np.asarray(x) * (1 - sigmoid)) + kappa
-        rho, slope_sq = z.var(0) / np.asarray(x).var(0), (slope**2).mean(0)
-        factor = np.sqrt((1 / rho + 1 / slope_sq) / 2) / np.asarray(x).std(0)
-        np.testing.assert_allclose(y, factor * (z - z.mean(0)), rtol=1e-10, atol=1e-12)
+        kappa = float(layer.activation(jnp.float64(1)) - jax.nn.swish(jnp.float64(1)))
+        z = (sigmoid + kappa) * np.asarray(x)
+        axis = 0 if kind == "default" else None
+        np.testing.assert_allclose(state.var_out, z.var(axis), rtol=1e-12)
+        slope = sigmoid * (1 + np.asarray(x) * (1 - sigmoid))
+        balanced = np.sqrt((np.var(x) / z.var() + 1 / (slope**2).mean()) / 2)
+        factor = 0.5 / z.std(0) if kind == "default" else balanced
+        np.testing.assert_allclose(y, factor * (z - z.mean(axis)), rtol=1e-10, atol=1e-12)
 
 
 def test_single_precision_input_stays_single_under_x64():
@@ -135,7 +136,7 @@ def test_single_precision_input_stays_single_under_x64():
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)])
 def test_a_learned_form_trains_under_x64_in_both_apis(dtype):
     """With strict promotion, as all tests: alpha and the state are float32 or float64, whatever x is."""
-    form = DEFAULT.replace(learned=True)
+    form = Published(learned=True)
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (64, 4), dtype)
         layer = NSwish(use_running_average=False, form=form)
@@ -161,9 +162,9 @@ def test_a_learned_form_trains_under_x64_in_both_apis(dtype):
     "name", [name if name in ("swish", "relu") else pytest.param(name, marks=pytest.mark.slow) for name in ACTIVATIONS]
 )
 @pytest.mark.usefixtures("standard_promotion")
-def test_forward_form_is_batchnorm_without_parameters_behind_the_tempered_activation(name):
-    form = Form.parse("forward+center+unit+diff+feature+nu0.1")
-    f = tempered(ACTIVATIONS[name], form.nonlinearity)
+def test_default_is_batchnorm_of_the_tempered_activation(name):
+    form = Standardized(std=1.0, tempering=0.1)
+    f = tempered(ACTIVATIONS[name], form.tempering)
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (64, 5), jnp.float64) * jnp.arange(1.0, 6.0)[None] + 0.3
         weights = jax.random.normal(jax.random.key(1), x.shape, jnp.float64)

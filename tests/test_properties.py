@@ -9,24 +9,24 @@ from hypothesis import given
 
 from anact_jax import (
     ACTIVATIONS,
-    PUBLISHED,
-    RULES,
+    Published,
+    Standardized,
     Stats,
     activation_stats,
     anact,
     gains,
     gaussian_stats,
-    normalization,
     update_stats,
 )
 
-PLAIN = PUBLISHED.replace(epsilon=0.0)
+FORMS = [Standardized(center=center, epsilon=0.0) for center in (True, False)]
+FORMS += [Published(center=center, epsilon=0.0) for center in (True, False)]
 
 N = 24
 values = st.lists(st.floats(-30, 30, width=32), min_size=N, max_size=N).map(lambda v: np.array(v, np.float32))
 masks = st.lists(st.booleans(), min_size=N, max_size=N).filter(any).map(np.array)
 names = st.sampled_from(sorted(ACTIVATIONS))
-rules = st.sampled_from(RULES)
+forms = st.sampled_from(FORMS)
 stats_strategy = st.tuples(*[st.floats(-1e6, 1e6, width=32)] * 2, *[st.floats(0, 1e6, width=32)] * 3).map(
     lambda v: Stats(*(jnp.float32(x) for x in (7, v[0], v[2], v[1], v[3], v[4])))
 )
@@ -49,42 +49,34 @@ def test_order_does_not_matter(name, x, order):
     chex.assert_trees_all_close(measure[name](x, EVERY), measure[name](x[np.array(order)], EVERY), rtol=1e-4, atol=1e-4)
 
 
-@given(values.filter(lambda x: x.std() > 0.1), st.sampled_from([1e-3, 0.1, 7.0, 1e4]), rules)
-def test_scale_law(x, scale, rule):
-    """ReLU scales with its input, so its gains and factor do not depend on the level."""
+@given(values.filter(lambda x: x.std() > 0.1), st.sampled_from([1e-3, 0.1, 7.0, 1e4]), forms)
+def test_scale_law(x, scale, form):
+    """ReLU scales with its input: its gains do not depend on the scale, and the default takes it out."""
     x = np.where(np.abs(x) < 1e-20, 0, x)  # what scaling down would take to 0
     small, large = measure["relu"](x, EVERY), measure["relu"](np.float32(scale) * x, EVERY)
     chex.assert_trees_all_close(gains(small), gains(large), rtol=1e-3)
-    # `exact` takes the root of a difference, which amplifies rounding.
-    tolerance = 1e-3 if rule != "exact" else 2e-2
-    factors = (normalization(stats, PLAIN.replace(rule=rule)).factor for stats in (small, large))
-    chex.assert_trees_all_close(*factors, rtol=tolerance)
+    first, second = (form.factor_and_shift(stats).factor for stats in (small, large))
+    if small.var_out > 0 and isinstance(form, Standardized):
+        second = second * scale
+    chex.assert_trees_all_close(first, second, rtol=1e-3)
 
 
-@given(names, values.filter(lambda x: x.std() > 0.1), rules, st.booleans())
-def test_rules_do_what_they_say_on_any_batch(name, x, rule, center):
+@given(names, values.filter(lambda x: x.std() > 0.1), forms)
+def test_forms_do_what_they_say_on_any_batch(name, x, form):
     stats = measure[name](x, EVERY)
-    factor, shift = normalization(stats, PLAIN.replace(rule=rule, center=center))
+    factor, shift = form.factor_and_shift(stats)
     forward, backward = (float(factor**2 * gain) for gain in gains(stats, shift=shift))
     if min(gains(stats, shift=shift)) < 1e-6:
         return  # a gain that vanished cannot be restored
-    if rule == "exact":
-        np.testing.assert_allclose(backward, 1, rtol=1e-3)
-        assert forward > 1 - 1e-2  # 1, or more where the batch breaks the Poincare inequality
-        return
-    kept = {
-        "mean": 2 / (1 / forward + 1 / backward),
-        "forward": forward,
-        "backward": backward,
-        "geometric": forward * backward,
-        "harmonic": (forward + backward) / 2,
-    }[rule]
-    np.testing.assert_allclose(kept, 1, rtol=1e-3)
+    if isinstance(form, Standardized):
+        np.testing.assert_allclose(forward * stats.var_in, form.std**2, rtol=1e-3)
+    else:
+        np.testing.assert_allclose((1 / forward + 1 / backward) / 2, 1, rtol=1e-3)
 
 
-@given(stats_strategy, rules, st.booleans(), st.sampled_from(["input", "unit"]))
-def test_normalization_is_finite_and_positive(stats, rule, center, reference):
-    factor, shift = normalization(stats, PLAIN.replace(rule=rule, center=center, reference=reference))
+@given(stats_strategy, forms)
+def test_factor_is_finite_and_positive(stats, form):
+    factor, shift = form.factor_and_shift(stats)
     assert np.isfinite(shift)
     assert np.isfinite(factor)
     assert factor > 0
@@ -106,9 +98,7 @@ def test_running_statistics_stay_within_what_was_seen(batches, momentum):
 
 
 _steps = {
-    (name, mode): jax.jit(
-        lambda x, s, f=f, mode=mode: anact(f, x, s, PUBLISHED.replace(center=True), use_running_average=mode)
-    )
+    (name, mode): jax.jit(lambda x, s, f=f, mode=mode: anact(f, x, s, Published(center=True), use_running_average=mode))
     for name, f in ACTIVATIONS.items()
     for mode in (True, False)
 }

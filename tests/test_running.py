@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anact_jax import Stats, activation_stats, gaussian_stats, normalization, update_stats
+from anact_jax import MOMENTS, Published, Standardized, Stats, activation_stats, gaussian_stats, restored, update_stats
 
 PRIOR = gaussian_stats(jax.nn.swish)
 
@@ -39,7 +39,32 @@ def test_repeated_batch_is_a_fixed_point_at_every_step():
     same, running = batch(0), PRIOR
     for _ in range(300):
         running = update_stats(running, same, momentum=0.99)
-        chex.assert_trees_all_equal(normalization(running), normalization(same))
+        chex.assert_trees_all_equal(*map(Published().factor_and_shift, (running, same)))
+
+
+MOMENTS_OF = {"default": ("mean_out", "var_out"), "published": MOMENTS}
+
+
+@pytest.mark.parametrize(("saved", "fresh"), [("default", "published"), ("published", "default")])
+def test_restored_refuses_another_form(saved, fresh):
+    states = {
+        name: {"block": {"act": {"count": 9.0 * (name == saved), **dict.fromkeys(moments, 1.0 + (name == saved))}}}
+        for name, moments in MOMENTS_OF.items()
+    }
+    for same in states.values():
+        assert restored(same, same) == same
+    which = r"no block/act/mean_in, .* uses" if saved == "default" else r"have block/act/mean_in, .* does not use"
+    with pytest.raises(ValueError, match=rf"{which}; make the layer with the form .*start_anew=True"):
+        restored(states[saved], states[fresh])
+    assert restored(states[saved], states[fresh], start_anew=True) == states[fresh]
+
+
+def test_restored_starts_missing_layers_anew():
+    state = {"act": {"count": 9.0, "mean_out": 0.3, "var_out": 0.5}}
+    fresh = {name: {"count": 0.0, "mean_out": 0.1, "var_out": 0.2} for name in ("act", "new")}
+    with pytest.raises(ValueError, match=r"have no new, which"):
+        restored(state, fresh)
+    assert restored(state, fresh, start_anew=True) == {**fresh, **state}
 
 
 def bad_batches():
@@ -63,7 +88,7 @@ def test_bad_batch_changes_nothing_and_the_next_good_one_counts(name, bad):
 def test_each_feature_decides_for_itself():
     running = Stats(*(jnp.broadcast_to(value, (3,)) for value in PRIOR))
     x = jax.random.normal(jax.random.key(0), (16, 3)).at[3, 1].set(jnp.nan)
-    new = update_stats(running, activation_stats(jax.nn.swish, x, feature_axes=-1))
+    new = update_stats(running, activation_stats(jax.nn.swish, x, axis=-1))
     np.testing.assert_array_equal(new.count, [1, 0, 1])
     chex.assert_trees_all_equal(jax.tree.map(lambda v: v[1], new), PRIOR)
 
@@ -81,7 +106,8 @@ def test_state_dtype_never_changes(dtype):
 
 
 def test_evaluation_before_training_uses_the_gaussian_reference():
-    chex.assert_tree_all_finite(normalization(PRIOR))
+    for form in (Standardized(), Published()):
+        chex.assert_tree_all_finite(form.factor_and_shift(PRIOR))
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])

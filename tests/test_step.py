@@ -11,19 +11,20 @@ from jax.test_util import check_grads
 
 from anact_jax import (
     ACTIVATIONS,
-    PUBLISHED,
+    Published,
+    Standardized,
     activation_stats,
     anact,
-    gains,
     gaussian_stats,
     initial_stats,
-    normalization,
     normalize,
 )
 
 PRIOR = gaussian_stats(jax.nn.swish)
-FORM = PUBLISHED
-CENTERED = PUBLISHED.replace(center=True)
+FORM = Published()
+CENTERED = Published(center=True)
+WHOLE = Standardized(axis=None)
+CONSTANT = Standardized(axis=None, stop_gradient=True)
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 
@@ -60,16 +61,19 @@ def full_size_residuals(f, x, capsys):
     return [line for line in capsys.readouterr().out.splitlines() if shape in line]
 
 
-@pytest.mark.parametrize("name", ["swish", "gelu", "mish", "relu"])
-@pytest.mark.parametrize("stop_gradient", [True, False])
-@pytest.mark.parametrize("feature_axes", [(), -1])
-def test_nothing_full_size_is_saved_but_x(name, stop_gradient, feature_axes, capsys):
+@pytest.mark.parametrize(
+    "name", ["swish", "relu", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gelu", "mish"))]
+)
+@pytest.mark.parametrize(
+    "form", [Standardized(), WHOLE, CONSTANT, CENTERED], ids=["default", "one a layer", "constants", "published"]
+)
+def test_nothing_full_size_is_saved_but_x(name, form, capsys):
     """Normalized activations saved an extra tensor elsewhere (inplace_abn#133)."""
     f, x = ACTIVATIONS[name], normal()
-    running = jax.tree.map(lambda v: jnp.broadcast_to(v, (8,) if feature_axes else ()), gaussian_stats(f))
+    running = initial_stats(f, form)
 
     def loss(x):
-        y, _ = anact(f, x, running, CENTERED.replace(stop_gradient=stop_gradient, feature_axes=feature_axes))
+        y, _ = anact(f, x, running, form)
         return jnp.sum(y)
 
     saved = full_size_residuals(loss, x, capsys)
@@ -87,7 +91,7 @@ def test_using_and_updating_are_independent(use_running_average, update):
     x = normal(mean=0.5, std=3.0)
     batch = activation_stats(jax.nn.swish, x)
     y, running = anact(jax.nn.swish, x, PRIOR, FORM, use_running_average=use_running_average, update=update)
-    factor, shift = normalization(PRIOR if use_running_average else batch, FORM)
+    factor, shift = FORM.factor_and_shift(PRIOR if use_running_average else batch)
     np.testing.assert_allclose(y, factor * (jax.nn.swish(x) - shift), rtol=1e-5, atol=1e-6)
     assert float(running.count) == update
     np.testing.assert_allclose(running.var_in, (batch if update else PRIOR).var_in)
@@ -100,10 +104,20 @@ def test_mode_decides_the_update_by_default():
 
 
 @pytest.mark.parametrize("name", ["relu", "swish", "tanh", "softplus"])
-def test_keeps_the_variance_of_gaussian_signals(name):
-    x = normal(shape=(4000, 8), std=2.0)
-    y, _ = anact(ACTIVATIONS[name], x, gaussian_stats(ACTIVATIONS[name]), CENTERED.replace(rule="forward"))
-    np.testing.assert_allclose(jnp.var(y) / jnp.var(x), 1, rtol=1e-5)
+def test_output_has_the_deviation_of_the_form(name):
+    x, f, form = normal(shape=(4000, 8), std=2.0), ACTIVATIONS[name], Standardized(std=0.7)
+    y, _ = anact(f, x, initial_stats(f, form), form)
+    np.testing.assert_allclose(jnp.std(y, 0), 0.7, rtol=1e-5)
+    np.testing.assert_allclose(jnp.mean(y, 0), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["relu", "swish", "tanh", "softplus"])
+def test_published_balances_the_gains(name):
+    x, f = normal(shape=(4000, 8), std=2.0), ACTIVATIONS[name]
+    y, _ = anact(f, x, gaussian_stats(f), CENTERED)
+    forward, slope_sq = jnp.var(y) / jnp.var(x), activation_stats(f, x).slope_sq
+    backward = slope_sq * jnp.var(y) / jnp.var(f(x))
+    np.testing.assert_allclose((1 / forward + 1 / backward) / 2, 1, rtol=1e-4)
 
 
 def test_identical_batches_make_inference_equal_training_after_any_number_of_steps():
@@ -129,18 +143,18 @@ def degenerate_batches(dtype):
 
 
 FAST = [
-    *((name, jnp.float32, False) for name in ("relu", "swish", "tanh", "gelu")),
-    *[("swish", jnp.float32, True), ("relu", jnp.bfloat16, False), ("swish", jnp.float16, False)],
+    *((name, jnp.float32, WHOLE) for name in ("relu", "swish", "tanh", "gelu")),
+    *[("swish", jnp.float32, CENTERED), ("relu", jnp.bfloat16, WHOLE), ("swish", jnp.float16, WHOLE)],
 ]
-ALL = list(itertools.product(("relu", "swish", "tanh", "gelu"), DTYPES, (True, False)))
+ALL = list(itertools.product(("relu", "swish", "tanh", "gelu"), DTYPES, (WHOLE, CONSTANT, CENTERED)))
 
 
 @pytest.mark.filterwarnings("ignore:a batch of one value")
 @pytest.mark.parametrize(
-    ("name", "dtype", "stop_gradient"),
+    ("name", "dtype", "form"),
     [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FAST)],
 )
-def test_degenerate_batches(dtype, name, stop_gradient):
+def test_degenerate_batches(name, dtype, form):
     """Degenerate batches gave NaN elsewhere (flax#1491, equinox#1010)."""
     f = ACTIVATIONS[name]
     good = normal(seed=1).astype(dtype)
@@ -148,13 +162,13 @@ def test_degenerate_batches(dtype, name, stop_gradient):
     @jax.jit
     def step(x, running):
         def loss(x):
-            y, new = anact(f, x, running, CENTERED.replace(stop_gradient=stop_gradient, reference="unit"))
+            y, new = anact(f, x, running, form)
             finite = jnp.isfinite(y)
             return jnp.sum(jnp.where(finite, y, 0), dtype=jnp.float32), (y, new)
 
         return jax.grad(loss, has_aux=True)(x)
 
-    _, (_, running) = step(good, gaussian_stats(f))
+    _, (_, running) = step(good, initial_stats(f, form))
     for case, x in degenerate_batches(dtype):
         gradient, (y, after) = step(x, running)
         finite_in = np.isfinite(np.asarray(x, np.float32))
@@ -170,7 +184,9 @@ def test_degenerate_batches(dtype, name, stop_gradient):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_bfloat16_factor_within_a_percent_of_float32(name):
     f, x = ACTIVATIONS[name], normal(shape=(512, 64))
-    wide, narrow = (normalization(activation_stats(f, x.astype(dtype)), FORM) for dtype in (jnp.float32, jnp.bfloat16))
+    wide, narrow = (
+        FORM.factor_and_shift(activation_stats(f, x.astype(dtype))) for dtype in (jnp.float32, jnp.bfloat16)
+    )
     np.testing.assert_allclose(narrow.factor, wide.factor, rtol=1e-2)
 
 
@@ -180,25 +196,25 @@ def test_masked_elements_are_not_counted_but_normalized():
     valid, alone = anact(jax.nn.swish, x[:, :3], PRIOR, FORM)
     chex.assert_trees_all_close(running, alone, rtol=1e-6)
     np.testing.assert_allclose(y[:, :3], valid, rtol=1e-6)
-    factor, _ = normalization(activation_stats(jax.nn.swish, x[:, :3]), FORM)
+    factor, _ = FORM.factor_and_shift(activation_stats(jax.nn.swish, x[:, :3]))
     np.testing.assert_allclose(y[:, 3:], factor * jax.nn.swish(x[:, 3:]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_per_feature_equals_each_feature_alone(axis):
     x = normal(shape=(5, 6, 7), mean=0.3)
-    running = jax.tree.map(lambda v: jnp.broadcast_to(v, (x.shape[axis],)), PRIOR)
-    y, new = anact(jax.nn.swish, x, running, CENTERED.replace(feature_axes=axis))
+    form = Standardized(axis=axis)
+    y, new = anact(jax.nn.swish, x, initial_stats(jax.nn.swish, form, (x.shape[axis],)), form)
     for position in range(x.shape[axis]):
-        y_alone, new_alone = anact(jax.nn.swish, jnp.take(x, position, axis), PRIOR, CENTERED)
+        y_alone, new_alone = anact(jax.nn.swish, jnp.take(x, position, axis), PRIOR, WHOLE)
         np.testing.assert_allclose(jnp.take(y, position, axis), y_alone, rtol=1e-5, atol=1e-6)
         chex.assert_trees_all_close(jax.tree.map(lambda v, i=position: v[i], new), new_alone, rtol=1e-5, atol=1e-6)
 
 
 def test_state_carries_no_gradient():
     def count_on_state(x):
-        _, running = anact(jax.nn.swish, x, PRIOR, FORM.replace(stop_gradient=False))
-        return sum(jnp.sum(v) for v in running)
+        _, running = anact(jax.nn.swish, x, PRIOR, WHOLE)
+        return running.mean_out + running.var_out
 
     chex.assert_trees_all_equal(jax.grad(count_on_state)(normal()), jnp.zeros((64, 8)))
 
@@ -206,22 +222,25 @@ def test_state_carries_no_gradient():
 def test_stop_gradient_decides_whether_the_factor_is_a_constant():
     x = normal()
 
-    def loss(x, stop_gradient):
-        y, _ = anact(jax.nn.swish, x, PRIOR, FORM.replace(stop_gradient=stop_gradient))
+    def loss(x, form):
+        y, _ = anact(jax.nn.swish, x, PRIOR, form)
         return jnp.sum(y**3)
 
-    def by_hand(x, stop):
-        stats = activation_stats(jax.nn.swish, jax.lax.stop_gradient(x) if stop else x)
-        rho, slope = gains(stats)
-        return jnp.sum((jnp.sqrt((1 / rho + 1 / slope) / 2) * jax.nn.swish(x)) ** 3)
+    def by_hand(x, form):
+        stats = activation_stats(jax.nn.swish, jax.lax.stop_gradient(x) if form.stop_gradient else x)
+        factor, shift = form.factor_and_shift(stats)
+        return jnp.sum((factor * (jax.nn.swish(x) - shift)) ** 3)
 
-    for stop in (True, False):
-        actual, expected = jax.grad(loss)(x, stop), jax.grad(by_hand)(x, stop)
+    gradients = []
+    for form in (FORM, WHOLE, CONSTANT):
+        actual, expected = jax.grad(loss)(x, form), jax.grad(by_hand)(x, form)
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+        gradients.append(actual)
+    assert np.abs(gradients[1] - gradients[2]).max() > 0.1
 
 
 def test_state_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"of shape \(5,\) do not fit feature_axes \(-1,\) of x with shape \(64, 8\)"):
+    with pytest.raises(ValueError, match=r"of shape \(5,\) do not fit axis -1 of x with shape \(64, 8\)"):
         anact(jax.nn.swish, normal(), initial_stats(jax.nn.swish, shape=(5,)))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anact_jax import DEFAULT, anact, initial_stats
+from anact_jax import Standardized, anact, initial_stats
 from anact_jax.linen import NSwish
 
 X = 0.5 + 2.0 * jax.random.normal(jax.random.key(0), (16, 6))
@@ -177,7 +177,7 @@ def test_input_derivatives_agree_for_constants():
         rng = np.random.default_rng(0)
         w, b, v = rng.normal(size=(3, 16))
         points = np.linspace(-1, 1, 32)
-        form = DEFAULT.replace(stop_gradient=True)
+        form = Standardized(stop_gradient=True)
         running = initial_stats(jnp.tanh, form, (16,))
 
         def u(x):
@@ -186,7 +186,7 @@ def test_input_derivatives_agree_for_constants():
         modes = jax.hessian, lambda u: jax.jacfwd(jax.jacfwd(u)), lambda u: jax.jacrev(jax.jacrev(u))
         found = [jax.vmap(second(u), axis_name="points")(jnp.asarray(points)) for second in modes]
         y = np.tanh(points[:, None] * w + b)
-        factor = form.level / np.sqrt(y.var(0) + form.epsilon)
+        factor = form.std / np.sqrt(y.var(0) + form.epsilon)
         expected = (v * factor * w**2 * -2 * y * (1 - y**2)).sum(1)
         for each in found:
             np.testing.assert_allclose(each, expected, rtol=1e-9)

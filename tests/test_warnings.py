@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import anact_jax.nnx
-from anact_jax import DEFAULT, anact, initial_stats
+from anact_jax import Standardized, anact, initial_stats
 from anact_jax.linen import NSwish
 
 X = jax.random.normal(jax.random.key(0), (8, 4))
@@ -195,7 +195,7 @@ def test_one_value_is_silent_where_nothing_updates():
     running = initial_stats(jax.nn.swish, shape=(4,))
     anact(jax.nn.swish, X[0], running, use_running_average=True)
     anact(jax.nn.swish, X[0], running, update=False)
-    form = DEFAULT.replace(feature_axes=())
+    form = Standardized(axis=None)
     anact(jax.nn.swish, X[0], initial_stats(jax.nn.swish, form), form)
 
 
