@@ -52,6 +52,14 @@ def test_notebook_runs_and_shows_the_difference():
     matplotlib.pyplot.close("all")
 
 
+def test_forms_in_the_text_can_be_made():
+    texts = [path.read_text() for path in (*PAGES, ROOT / "README.md", ROOT / "CHANGELOG.md")]
+    calls = {call for text in texts for call in re.findall(r"`((?:Standardized|Published|N[A-Z]\w+)\(.*?\))`", text)}
+    names = vars(anact_jax) | vars(anact_jax.linen) | {"depth": 100, "train": True, "L": 0.5}
+    made = [eval(call, dict(names)) for call in sorted(calls) if "..." not in call]
+    assert len(made) > 10
+
+
 def public_names():
     yield from (f"anact_jax.{name}" for name in anact_jax.__all__)
     for module in (
