@@ -10,9 +10,10 @@ from typing import Annotated, Any, TypeVar
 
 from tyro.conf import arg
 
-from anact_jax import ACTIVATIONS, RULES, Form
+from anact_jax import ACTIVATIONS, Form, Published, Standardized
 from experiments.cli import at_home
 from experiments.data import DATASETS, Augmentation, Dataset, load, with_subset
+from experiments.forms import WORDS, form_named, label_of
 from experiments.networks import INITS, MODELS, NORMS, STEMS, ActivationName, check_name
 
 Kind = TypeVar("Kind", bound="Settings")
@@ -147,20 +148,67 @@ class Parts(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Network(Parts):
+class FormSettings(Settings):
+    """What a normalized activation is."""
+
+    form: Annotated[str, arg(help=f"of normalized activations, {_one_of(*WORDS)}")] = "default"
+    std: float = Standardized.std
+    """deviation of the output, in the default form"""
+    center: bool | None = None
+    """subtract the mean; the default form does by default, the published one does not"""
+    axis: int | None = Standardized.axis
+    """the axis whose features have statistics of their own, in the default form; None for one set a layer"""
+    stop_gradient: bool = Standardized.stop_gradient
+    """take factor and shift as constants under differentiation, in the default form; the published one always does"""
+    tempering: float | None = Standardized.tempering
+    """largest nonlinearity of what is normalized, in the default form; by default any"""
+    learned: bool = Published.learned
+    """learn a correction of the factor, in the published form"""
+
+    def check(self) -> None:
+        """Raises ValueError, in one line, at the first setting that cannot be."""
+        super().check()
+        check_name("form", self.form, WORDS)
+        for field in dataclasses.fields(FormSettings)[1:]:
+            forms = [word for word, form in WORDS.items() if field.name in _options_of(form)]
+            if self.form not in forms and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name} belongs to form {forms[0]}, not to {self.form}; leave it out, or at {field.default}"
+                )
+        self.chosen_form  # noqa: B018 (it checks itself)
+
+    @property
+    def chosen_form(self) -> Form:
+        """The form.
+
+        Raises:
+            ValueError: a setting is out of range.
+        """
+        usual = WORDS[self.form]
+        options = {name: getattr(self, name) for name in _options_of(usual)}
+        return dataclasses.replace(usual, **options | ({} if self.center is not None else {"center": usual.center}))
+
+
+FORM_SETTINGS = frozenset(field.name for field in dataclasses.fields(FormSettings))
+
+
+def form_settings(form: Form) -> dict[str, Any]:
+    """The settings of `FormSettings` that say this form."""
+    return {"form": "published" if isinstance(form, Published) else "default"} | _options_of(form)
+
+
+def _options_of(form: Form) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(form).items() if name in FORM_SETTINGS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network(FormSettings, Parts):
     """What is trained."""
 
     model: Annotated[str, arg(help=_one_of(*MODELS))] = "resnet20"
     activation: Annotated[str, arg(help=f"{_one_of(*ACTIVATIONS)}; with n before it, as in nswish, normalized")] = (
         "nswish"
     )
-    form: Annotated[
-        str,
-        arg(
-            help=f"of normalized activations: published, default, or a rule ({', '.join(RULES)}) and options, as in "
-            "forward+center+unit+diff+feature+nu0.1"
-        ),
-    ] = "default"
     norm: Annotated[str, arg(help=f"normalization layer: {_one_of(*NORMS)}")] = "batch"
 
     @property
@@ -168,19 +216,23 @@ class Network(Parts):
         """Settings that have no effect with this activation and normalization layer."""
         normalized = ActivationName.parse(self.activation).normalized
         heeded = {
-            "form": normalized,
+            **dict.fromkeys(FORM_SETTINGS, normalized),
             "activation_momentum": normalized,
             "norm_momentum": self.norm == "batch",
             "group_size": self.norm == "group",
         }
         return frozenset(name for name, has_effect in heeded.items() if not has_effect)
 
+    @property
+    def label(self) -> str | None:
+        """The label of its form, as results have it; None where it has no effect."""
+        return None if "form" in self.unheeded else label_of(self.chosen_form)
+
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
         super().check()
         check_name("model", self.model, MODELS)
         check_name("norm", self.norm, NORMS)
-        Form.parse(self.form)
         for field in dataclasses.fields(Network):
             if field.name in self.unheeded and getattr(self, field.name) != field.default:
                 sort = f"activation {self.activation!r} and norm {self.norm!r}"
@@ -255,10 +307,10 @@ class Recipe(Training, Network, Data):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Its settings by name, as JSON holds them: the form spelled out, None where it has no effect."""
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
-        form = None if "form" in self.unheeded else str(Form.parse(self.form))
-        return settings | {"activation": str(ActivationName.parse(self.activation)), "form": form}
+        """Its settings by name, as results and checkpoints hold them: the form is a label."""
+        names = {field.name for field in dataclasses.fields(Recipe)} - FORM_SETTINGS
+        settings = {name: getattr(self, name) for name in names}
+        return settings | {"activation": str(ActivationName.parse(self.activation)), "form": self.label}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,13 +362,15 @@ class Experiment(Run, Recipe):
 
     def to_json(self) -> str:
         """All settings, readable."""
-        settings = dataclasses.asdict(self) | self.recipe
+        settings = dataclasses.asdict(self) | {"activation": str(ActivationName.parse(self.activation))}
         settings["data_dir"] = self.data_dir and self.data_dir.absolute()  # to be read from any folder
         return json.dumps(settings, indent=2, default=str) + "\n"
 
     def check_same_run(self, saved: Mapping[str, Any], where: Path) -> None:
         """Raises ValueError, naming the settings that differ, unless a run with these saved settings can go on."""
         before, now = with_added(saved, where), self.recipe
+        if before.get("form") in tuple(WORDS):  # as `to_json` has it
+            before["form"] = Network(**_fields(Network, before)).label
         free = ("activation", "form") if self.fresh_statistics else ()
         differing = [
             f"{name} {before.get(name)!r}, now {value!r}"
@@ -372,13 +426,14 @@ def read_experiment(path: Path) -> Experiment:
     unknown = settings.keys() - {field.name for field in dataclasses.fields(Experiment)}
     if unknown:
         raise ValueError(f"{path} has settings that this program does not know: {', '.join(sorted(unknown))}")
-    without = {name for name in ("form", "behind") if settings.get(name) is None}  # they have no effect
-    kinds = typing.get_type_hints(Experiment)
     try:
-        found = {name: _from_json(name, settings[name], kinds[name]) for name in settings.keys() - without}
+        if settings.get("form") is None:  # it has no effect
+            settings.pop("form", None)
+        elif isinstance(settings["form"], str) and settings["form"] not in WORDS:  # a label, as settings held it before
+            settings |= form_settings(form_named(settings["form"]))
+        return at_home(Experiment(**_fields(Experiment, settings)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return at_home(Experiment(**found))
 
 
 _EXPECTED = {
@@ -389,6 +444,12 @@ _EXPECTED = {
     Path: "a folder, as text",
     NoneType: "null",
 }
+
+
+def _fields(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of settings as JSON has them, those that a dataclass has; ValueError, naming it, where one is of another kind."""
+    kinds = typing.get_type_hints(kind)
+    return {name: _from_json(name, settings[name], kinds[name]) for name in settings.keys() & kinds.keys()}
 
 
 def _from_json(name: str, value: Any, kind: Any) -> Any:

@@ -4,7 +4,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from anact_jax import DEFAULT
+from anact_jax import Standardized
 from experiments.benchmarks import cost, operation, scaling, training_step
 from experiments.benchmarks.measuring import Spread, ratios, seconds
 
@@ -68,7 +68,8 @@ def test_a_training_step_goes_on_from_the_last_one_and_its_compilation_is_measur
 
 def test_messages_between_devices():
     """Of the default's moments m, with k means among them."""
-    m, k = len(DEFAULT.moments), sum(name.startswith("mean") for name in DEFAULT.moments)
+    moments = Standardized.moments
+    m, k = len(moments), sum(name.startswith("mean") for name in moments)
     assert scaling._messages([16, 32], 1) == [(0, 0)] * 3
     assert scaling._messages([16, 32], 8) == [(2, (48 * m + 2) * 8), (1, 48 * (m + 1)), (2, 48 * 2)]
     assert scaling._messages([16, 32], 256) == [(4, 48 * (m + k) + 2), (1, 48 * (m + 1)), (2, 48 * 2)]

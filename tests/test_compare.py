@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from anact_jax import DEFAULT, PUBLISHED
+from anact_jax import Standardized
 from experiments.config import Experiment, Recipe, Storage
 from experiments.data import load, with_subset
+from experiments.forms import label_named
 from experiments.networks import make_layers
 from experiments.networks.mlp import MLP
 from experiments.studies import compare
@@ -34,8 +35,8 @@ ROOT = Path(__file__).parents[1]
     ("arguments", "message"),
     [
         (["--activations", "swsh"], "unknown activation 'swsh'"),
-        (["--forms", "mean+centre"], "unknown part 'centre' of form 'mean+centre'; expected one of center, unit, diff"),
-        (["--forms", "median"], "unknown form 'median'"),
+        (["--forms", "median"], "unknown form 'median'; expected default, published, or a label in experiments/forms"),
+        (["--forms", "default", "exact+unit"], "forms that are gone: commit 517581d is the last that runs them"),
         (["--models", "resnet21"], "unknown model 'resnet21'"),
         (["--norms", "instance"], "unknown norm 'instance'"),
         (
@@ -63,13 +64,14 @@ def test_every_side_comes_once_and_plain_ones_have_no_form():
     config = Config(
         activations=("swish", "nswish"),
         variations=("Deep Kernel Shaping",),
-        forms=("published", "exact+unit"),
+        forms=("published", "default", "forward+center+unit+diff+nu0.1"),
         models=("mlp10",),
         norms=("none", "batch"),
     )
     settings = [side.settings for side in config.sides()]
     of_one_norm = [("swish", None, ""), ("swish", None, "Deep Kernel Shaping")]
-    of_one_norm += [("nswish", "mean", ""), ("nswish", "exact+unit", "")]
+    labels = ("mean", "forward+center+unit+diff+feature+level0.5", "forward+center+unit+diff+nu0.1")
+    of_one_norm += [("nswish", label, "") for label in labels]
     assert [(s["norm"], s["activation"], s["form"], s["variation"]) for s in settings] == [
         (norm, *side) for norm in ("none", "batch") for side in of_one_norm
     ]
@@ -137,7 +139,11 @@ def test_a_damaged_line_is_named(tmp_path):
 
 
 def test_the_key_of_a_cell_spells_the_form_out():
-    assert cell(form="default").key == cell(form=str(DEFAULT)).key != cell(form="published").key
+    assert cell().key == cell(form="default", std=0.5).key != cell(form="published").key
+    assert cell(std=0.5).key != cell(std=1.0).key != cell(std=1.0, axis=None).key
+    assert json.loads(cell().key)["form"] == "forward+center+unit+diff+feature+level0.5"
+    assert json.loads(cell(form="published", center=True).key)["form"] == "mean+center"
+    assert json.loads(cell(std=0.3).key)["form"] == repr(Standardized(std=0.3))  # of those without an old label
     assert cell(activation="swish").key == cell(activation="swish", form="published").key  # of no meaning there
     assert cell(momentum=0.8).key != cell().key
     assert cell(on_test=False).key != cell().key
@@ -212,7 +218,7 @@ def test_table_has_plain_beside_normalized(tmp_path):
                 results.add(choice, outcome(0.5))
     ((place, table),) = arrange(results).items()
     assert (place.dataset, place.model) == ("digits", "resnet20")
-    default = str(DEFAULT)
+    default = label_named("default")
     assert list(table)[:2] == [Side("none", "lecun", None), Side("none", "lecun", default)]
     assert markdown_table(table).splitlines() == [
         f"| activation | plain | normalized, {default} | plain, BatchNorm |",
@@ -276,7 +282,7 @@ def small_cells(*runs, on_test=True, **settings):
 @pytest.mark.slow
 def test_runs_in_one_program_equal_runs_alone():
     data = small_digits()
-    model = MLP(make_layers("nswish", "none", form=PUBLISHED.replace(reference="unit")), classes=10, depth=2, width=16)
+    model = MLP(make_layers("nswish", "none", form="published"), classes=10, depth=2, width=16)
     cells = small_cells((0.01, 0), (0.1, 0), (0.1, 1))
     alone = make_steps(model, cells[0].recipe, data.chosen_on)
     found = train_together(make_steps(model, cells[0].recipe, data.chosen_on, together=True), data, cells)

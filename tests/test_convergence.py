@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
     [
         (["--activations", "relu", "nswish"], "unknown activation 'nswish'"),
         (["--activations", "relu"], "a correlation needs at least 2 activations, got 1"),
-        (["--form", "mean+middle"], "unknown part 'middle' of form 'mean+middle'"),
+        (["--form", "mean+unit"], "unknown form 'mean+unit'; expected default, published, or a label"),
         (["--scales", "1", "-1"], "scales must be a positive number, got -1"),
         (["--model", "mlp11"], "unknown model 'mlp11'"),
         (["--seeds", "0"], "seeds must be at least 1"),
@@ -33,9 +33,9 @@ def test_distance_is_that_of_he_for_relu():
     digits = load("digits")
     assert abs(distance_from_one(network, 1.0, digits) - 2 * np.log(2)) < 0.35
     assert distance_from_one(network, 2**0.5, digits) < 0.35
-    exact = Recipe(model="mlp10", norm="none", activation="ntanh", form="exact")
-    assert distance_from_one(exact, 1.0, digits) < 1e-3
-    assert distance_from_one(exact, 2.0, digits) == pytest.approx(2 * np.log(4), rel=1e-3)
+    normalized = Recipe(model="mlp10", norm="none", activation="nrelu", form="published")
+    assert distance_from_one(normalized, 1.0, digits) < 0.35
+    assert distance_from_one(normalized, 8.0, digits) == pytest.approx(2 * np.log(64), rel=0.05)
 
 
 def points(pairs, activation):

@@ -3,14 +3,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from anact_jax import DEFAULT, RULES, Form
 from experiments.config import Recipe
+from experiments.forms import label_named
 from experiments.studies import default_form
-from experiments.studies.default_form import Config, forms_table, half_width, report, rows_of, usable_range, ways_table
+from experiments.studies.default_form import forms_table, half_width, report, rows_of, usable_range, ways_table
 from experiments.studies.grid import Cell, Results
 from experiments.studies.tables import Runs
 
-FORM = Form.parse(Config().form)
+DEFAULT = label_named("default")
 
 
 def runs(by_rate):
@@ -31,8 +31,7 @@ def test_usable_range(by_rate, expected):
 
 
 def add(results, activation, accuracies, norm="none", variation="", init="lecun", **form):
-    text = str(DEFAULT.replace(**form))
-    recipe = Recipe(activation=activation, norm=norm, form=text, init=init, model="mlp10", learning_rate=0.1)
+    recipe = Recipe(activation=activation, norm=norm, init=init, model="mlp10", learning_rate=0.1, **form)
     empty = {"curve": [], "diverged": False, "seconds": 1.0}
     results.add(Cell(dataclasses.replace(recipe, seed=9), False, variation), empty | {"validation_accuracy": 0.5})
     for seed, accuracy in enumerate(accuracies):
@@ -44,11 +43,11 @@ def test_rows_pair_plain_with_the_form_and_find_rivals(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     add(results, "swish", [0.5, 0.6, 0.7])
     add(results, "nswish", [0.6, 0.7, 0.8])  # the default form
-    add(results, "nswish", [0.9, 0.9, 0.9], rule="mean")  # another one
+    add(results, "nswish", [0.9, 0.9, 0.9], std=1.0)  # another one
     add(results, "swish", [0.7, 0.8, 0.9], variation="Deep Kernel Shaping")
     add(results, "swish", [0.6, 0.6, 0.6], norm="batch")
     add(results, "selu", [0.1, 0.1, 0.1])
-    (row,) = rows_of(results, FORM)
+    (row,) = rows_of(results, DEFAULT)
     assert (row.network, row.activation, row.best_rival) == ("mlp10 on digits", "swish", "DKS")
     assert set(row.rivals) == {"DKS", "BatchNorm", "SELU"}
     np.testing.assert_allclose(row.difference, (0.1, 0), atol=1e-9)
@@ -67,7 +66,7 @@ def test_behind_a_normalization_layer_the_rivals_are_what_could_stand_in_its_pla
         add(results, activation, [0.5, 0.6], norm=norm)
     add(results, "selu", [0.1, 0.1])
     add(results, "relu", [0.7, 0.7], init="he")
-    (row,) = rows_of(results, FORM)
+    (row,) = rows_of(results, DEFAULT)
     assert row.network == "mlp10 on digits, batch"
     assert set(row.rivals) == {"LayerNorm", "SELU", "ReLU, He"}
     assert row.best_rival == "ReLU, He"
@@ -76,13 +75,13 @@ def test_behind_a_normalization_layer_the_rivals_are_what_could_stand_in_its_pla
 def test_forms_stand_in_rows_where_many_were_tried_and_in_columns_elsewhere(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     add(results, "swish", [0.5, 0.5])
-    for number, rule in enumerate(RULES):
-        add(results, "nswish", [0.6 + number / 100] * 2, rule=rule)
+    for number, std in enumerate((0.3, 0.4, 0.5, 0.6, 0.7, 1.0)):
+        add(results, "nswish", [0.6 + number / 100] * 2, std=std)
     add(results, "swish", [0.7, 0.7], norm="batch")
     add(results, "nswish", [0.8, 0.8], norm="batch")
     lines = forms_table(results).splitlines()
     assert lines[:3] == ["| form | mlp10 on digits, swish, pool 1 |", "| --- | --- |", "| plain | 50.0 ± 0.0 at 0.1 |"]
-    assert "| mean+center+unit+diff+feature+level0.5 | 60.0 ± 0.0 at 0.1 |" in lines[3:9]
+    assert f"| {DEFAULT} | 62.0 ± 0.0 at 0.1 |" in lines[3:9]
     assert lines[9:] == [
         "",
         f"| network | plain | {DEFAULT} |",
@@ -95,9 +94,8 @@ def test_ways_are_set_against_the_same_form_without_them(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     for norm in ("none", "batch"):
         add(results, "nswish", [0.5, 0.6], norm=norm)
-    add(results, "nswish", [0.5, 0.6], rule="forward")
     add(results, "nswish", [0.4, 0.6], variation="mean+center+unit+diff+feature+scale+nu0.1")
-    add(results, "nswish", [0.7, 0.7], rule="exact", variation="exact, bounded")  # nothing to set it against
+    add(results, "nswish", [0.7, 0.7], std=1.0, variation="exact, bounded")  # nothing to set it against
     add(results, "swish", [0.1, 0.1])
     assert ways_table(results).splitlines()[2:] == [
         "| form | mlp10 on digits, swish, pool 1 |",
@@ -118,3 +116,9 @@ def test_a_missing_folder_is_named(run_main, tmp_path):
     status, output = run_main(default_form, "--choice", str(tmp_path))
     assert status == 2
     assert "results.jsonl does not exist; experiments/studies/compare.py --workdir" in output.err
+
+
+def test_form_without_runs_is_refused(refused, tmp_path):
+    add(Results(tmp_path / "results.jsonl"), "swish", [0.5, 0.5])
+    folders = ("--choice", tmp_path, "--workdir", tmp_path)
+    refused(default_form, *folders, "--form", "median", message="no finished runs of form 'median' beside plain ones")

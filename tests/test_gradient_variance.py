@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from anact_jax import ACTIVATIONS, PUBLISHED, normalization
+from anact_jax import ACTIVATIONS, Published
 from anact_jax.theory import Variances, plain
 from experiments.data import Batch
 from experiments.networks import make_layers
@@ -15,15 +15,13 @@ from experiments.networks.mlp import MLP
 from experiments.studies import gradient_variance
 from experiments.studies.gradient_variance import TITLES, measure, over_networks, predict
 
-PUBLISHED_NORMALIZATION = functools.partial(normalization, form=PUBLISHED)
-
 
 def network(activation, depth, width, examples, seed=0):
     """A network with random biases too, and a batch."""
     rng = np.random.default_rng(seed)
     images = rng.standard_normal((examples, 4, 4, 3)).astype(np.float32)
     batch = Batch(images, rng.integers(0, 5, examples).astype(np.int32), np.ones(examples, bool))
-    model = MLP(make_layers(activation, "none", form=PUBLISHED), 5, depth, width)
+    model = MLP(make_layers(activation, "none", form=Published()), 5, depth, width)
     variables = jax.jit(functools.partial(model.init, train=True))(jax.random.key(seed), jnp.asarray(images))
     params = {
         name: layer | {"bias": 0.3 * rng.standard_normal(layer["bias"].shape).astype(np.float32)}
@@ -64,7 +62,7 @@ def test_predicted_for_wide_random_networks(activation):
     measured = jax.jit(functools.partial(measure, model))(batch, variables)
     f, normalize = (
         ACTIVATIONS[activation.removeprefix("n")],
-        plain if activation in ACTIVATIONS else PUBLISHED_NORMALIZATION,
+        plain if activation in ACTIVATIONS else Published().factor_and_shift,
     )
     input_sq = jnp.mean(batch.images**2, axis=(1, 2, 3))
     predicted = predict(f, normalize, input_sq, variables["params"], measured.gradient[-1])
@@ -86,12 +84,12 @@ SMALL = ("--depth", 2, "--width", 8, "--batch-size", 32, "--seeds", 2)
 @pytest.mark.usefixtures("standard_promotion")
 def test_program_draws_prints_and_writes_numbers(tmp_path, run_main):
     output = tmp_path / "new" / "picture.png"
-    options = ("--activations", "nrelu", "--steps", 0, 3, "--form", "exact")
+    options = ("--activations", "nrelu", "--steps", 0, 3, "--form", "mean+center")
     status, printed = run_main(gradient_variance, *SMALL, *options, "--output", output)
     assert (status, printed.err) == (0, "")
     assert output.stat().st_size > 0
     numbers = json.loads(output.with_suffix(".json").read_text())
-    assert (numbers["seeds"], numbers["form"], numbers["output"]) == (2, "exact", "picture.png")
+    assert (numbers["seeds"], numbers["form"], numbers["output"]) == (2, "mean+center", "picture.png")
     steps = numbers["variances"]["nrelu"]
     assert list(steps) == ["0", "3"]
     for kind in ("measured", "predicted"):
@@ -108,8 +106,8 @@ def test_program_draws_prints_and_writes_numbers(tmp_path, run_main):
         (("--activations", "nope"), "unknown activation 'nope'"),
         (("--activations", "nrelu", "--form", "best"), "unknown form 'best'"),
         (
-            ("--form", "mean+diff"),
-            "theory predicts forms without diff, feature and nu",
+            ("--form", "default"),
+            "theory predicts forms with one factor a layer that is a constant under differentiation, such as published",
         ),
         (("--batch-size", 0), "batch_size must lie between 1 and 1437, got 0"),
         (("--batch-size", 5000), "batch_size must lie between 1 and 1437, got 5000"),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anact_jax import DEFAULT, PUBLISHED, activation_stats, tempered
+from anact_jax import Published, Standardized, activation_stats
 from anact_jax.linen import ANAct
 from experiments.config import Recipe
 from experiments.data import load
@@ -139,7 +139,7 @@ def test_unknown_activation_is_refused():
 
 
 def test_gains_lists_every_activation_in_order_of_execution():
-    form = PUBLISHED.replace(center=True, epsilon=0.0)
+    form = Published(center=True, epsilon=0.0)
     model = MLP(make_layers("nrelu", "none", form=form), classes=3, depth=12, width=256)
     x = jax.random.normal(jax.random.key(1), (256, 4, 4, 1))
     variables = model.init(jax.random.key(0), x, train=False)
@@ -163,7 +163,7 @@ def test_a_recipe_with_batch_norm_measures_everywhere():
     with on_each(ANAct | Plain, lambda module, x: seen.append(module)):
         jax.eval_shape(lambda: initialized(model, jnp.zeros((4, 8, 8, 1))))
     assert len(seen) == 19
-    assert {(type(module), module.form) for module in seen} == {(ANAct, DEFAULT)}
+    assert {(type(module), module.form) for module in seen} == {(ANAct, Standardized())}
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def test_gains_of_channels_are_their_means():
     (first, _) = gains_of(model, np.asarray(x))(variables)
     dense = variables["params"]["Dense_0"]
     z = x.reshape(64, 16) @ dense["kernel"] + dense["bias"][None]
-    stats = activation_stats(tempered(jax.nn.relu, DEFAULT.nonlinearity), z, feature_axes=-1)
+    stats = activation_stats(jax.nn.relu, z, axis=-1)
     np.testing.assert_allclose(first.bare_backward, stats.slope_sq.mean(), rtol=1e-5)
     assert np.shape(first.factor) == ()
 
@@ -187,7 +187,7 @@ def test_gains_of_plain_activations():
     assert [layer.name for layer in layers] == ["Plain_0", "Plain_1"]
     assert (layers[0].factor, layers[0].shift) == (1.0, 0.0)
     np.testing.assert_allclose((layers[0].bare_forward, layers[0].bare_backward), (0.5, 0.5), atol=0.03)
-    assert factor_range({"batch_stats": {}, "params": {}}, DEFAULT) is None
+    assert factor_range({"batch_stats": {}, "params": {}}, Standardized()) is None
 
 
 def test_an_activation_is_a_module_in_either_form():
@@ -245,7 +245,7 @@ def test_a_stem_that_a_network_lacks_is_refused():
 
 
 def test_shown_factors_include_the_learned_correction():
-    form = PUBLISHED.replace(learned=True)
+    form = Published(learned=True)
     model = MLP(make_layers("nrelu", "none", form=form), classes=3, depth=2, width=16)
     x = np.random.default_rng(0).standard_normal((8, 4, 4, 1)).astype(np.float32)
     variables = model.init(jax.random.key(0), jnp.asarray(x), train=False)

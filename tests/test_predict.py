@@ -11,9 +11,9 @@ from anact_jax.closed import BEHIND_BATCH_NORM
 from PIL import Image
 from test_train_resnet import DATASET, config, small_model
 
-from anact_jax import DEFAULT
+from anact_jax import Published, Standardized
 from experiments import inspect_runs, predict, train_resnet
-from experiments.config import SETTINGS, Experiment, read_experiment
+from experiments.config import FORM_SETTINGS, SETTINGS, Experiment, read_experiment
 from experiments.data import load
 from experiments.networks import make_layers
 from experiments.networks.mlp import MLP
@@ -249,12 +249,56 @@ def test_data_folder_is_found_from_anywhere(tmp_path, monkeypatch, refused):
 
 
 def test_settings_come_back_as_they_were_written(tmp_path):
-    form = "forward+center+unit"
-    config = Experiment(model="mlp5", form=form, data_dir=tmp_path, workdir=tmp_path, train_images=100)
-    train_resnet.prepare_workdir(tmp_path, config)
+    config = Experiment(model="mlp5", data_dir=tmp_path, workdir=tmp_path, train_images=100)
+    for form in ({"std": 1.0, "axis": None}, {"center": False}, {"form": "published", "learned": True}):
+        config = dataclasses.replace(Experiment.part_of(config), **form)
+        train_resnet.prepare_workdir(tmp_path, config)
+        assert read_experiment(tmp_path) == config
+        config.check_same_run(json.loads(config.to_json()), tmp_path)
+        with pytest.raises(ValueError, match=r"other settings: form '.*', now 'mean\+center'"):
+            other = Experiment.part_of(config, form="published", center=True, learned=False, std=0.5, axis=-1)
+            other.check_same_run(json.loads(config.to_json()), tmp_path)
+
+
+def as_before(config, form):
+    """The settings of a run as they were written when a form was a text."""
+    settings = json.loads(config.to_json())
+    others = {name: value for name, value in settings.items() if name not in FORM_SETTINGS}
+    return others | {"form": form, "behind": "measured"}
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("forward+center+unit+diff+feature+level0.5", Standardized()),
+        ("mean", Published()),
+        ("mean+learned", Published(learned=True)),
+        ("forward+center+unit", Standardized(std=1.0, axis=None, stop_gradient=True)),
+    ],
+)
+def test_old_text_of_a_form_is_read(tmp_path, text, form):
+    saved = as_before(Experiment(), text)
+    (tmp_path / SETTINGS).write_text(json.dumps(saved))
+    found = read_experiment(tmp_path)
+    assert found.chosen_form == form
+    found.check_same_run(saved, tmp_path)
+
+
+def test_plain_runs_of_old_are_read(tmp_path):
+    config = Experiment(activation="swish")
+    (tmp_path / SETTINGS).write_text(json.dumps(as_before(config, None)))
     assert read_experiment(tmp_path) == config
-    train_resnet.prepare_workdir(tmp_path, dataclasses.replace(config, form="default"))
-    assert read_experiment(tmp_path).form == str(DEFAULT)  # spelled out: the default may change
+
+
+@pytest.mark.parametrize(
+    ("program", "option"), [(predict, ()), (inspect_runs, ()), (train_resnet, ("--no-compare", "--config"))]
+)
+def test_run_of_a_gone_form_names_its_last_commit(tmp_path, program, option, refused):
+    saved = as_before(Experiment(), "mean+center+unit")
+    (tmp_path / SETTINGS).write_text(json.dumps(saved))
+    refused(program, *option, tmp_path, message="commit 517581d is the last that runs them")
+    with pytest.raises(ValueError, match=r"form 'mean\+center\+unit', now 'forward"):
+        Experiment().check_same_run(saved, tmp_path)
 
 
 @pytest.mark.parametrize("old", [{"behind": "measured"}, {"behind": None}, {}])

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from anact_jax import Form
 from experiments.benchmarks import cost
 from experiments.cli import table_row
-from experiments.studies.default_form import Config, forms_table, report, rows_of, short_table, ways_table
+from experiments.forms import label_named
+from experiments.studies.default_form import forms_table, report, rows_of, short_table, ways_table
 from experiments.studies.grid import CLOSED_FORM, Results
 from experiments.studies.tables import Side, arrange, markdown_table
 
@@ -46,9 +46,9 @@ def test_choice_and_verdict_of_the_default():
     assert ways_table(choice) in DETAILS
     assert forms_table(results_of("second_choice")) in DETAILS
     assert forms_table(results_of("behind_batch_norm")) in DETAILS
-    today = rows_of(verdict, Form.parse(Config().form))
+    today = rows_of(verdict, label_named("default"))
     assert short_table(today) in PAGE
-    for rows in (today, rows_of(verdict, Form.parse("mean+center+unit+diff+feature+nu0.1"))):  # and the one before
+    for rows in (today, rows_of(verdict, "mean+center+unit+diff+feature+nu0.1")):  # and the one before
         assert report(rows) in DETAILS
 
 

@@ -58,7 +58,16 @@ def run(model, config, log):
         (["--activation", "swsh"], "unknown activation 'swsh'; expected one of elu, gelu"),
         (["--activation", "nnswish"], "unknown activation 'nnswish'"),
         (["--recipe", "resnet"], "unknown recipe 'resnet'; expected one of digits, fashion_mnist, resnet18_cifar100"),
-        (["--form", "median"], "unknown form 'median'; expected 'published', 'default', or a rule and options"),
+        (["--form", "median"], "unknown form 'median'; expected one of default, published"),
+        (
+            ["--form", "published", "--std", "1"],
+            "std belongs to form default, not to published; leave it out",
+        ),
+        (["--form", "published", "--tempering", "0.1"], "tempering belongs to form default, not to published"),
+        (["--learned"], "learned belongs to form published, not to default; leave it out, or at False"),
+        (["--std", "0"], "std must be a positive number, such as 1 or 0.5, got 0"),
+        (["--tempering", "-1"], "tempering must be a positive number"),
+        (["--activation", "swish", "--std", "1"], "std has no effect with activation 'swish' and norm"),
         (["--config", "/nowhere.json"], "No such file"),
         (["--model", "resnet21"], "unknown model 'resnet21'; expected one of resnet20"),
         (["--dataset", "imagenet"], "unknown dataset 'imagenet'; expected one of digits"),
@@ -132,7 +141,7 @@ def test_help_explains_every_setting(capsys, run_main):
     text = capsys.readouterr().out
     for field in Experiment.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text
-    for name in ("resnet56", "harmonic", "swish", "digits", *RECIPES):
+    for name in ("resnet56", "published", "swish", "digits", *RECIPES):
         assert name in text
     shown = [text.index(f" {group} options ") for group in ("main", "data", "network", "training", "running")]
     assert shown == sorted(shown)
@@ -369,4 +378,4 @@ def test_what_a_run_wrote_is_where_settings_start(tmp_path):
     config = Experiment(activation="ntanh", form="published", epochs=3, workdir=tmp_path, data_dir=tmp_path)
     train_resnet.prepare_workdir(tmp_path, config)
     found = train_resnet.parse(["--config", str(tmp_path / "config.json"), "--seed", "3"])
-    assert found == dataclasses.replace(config, form="mean", workdir=None, seed=3)
+    assert found == dataclasses.replace(config, workdir=None, seed=3)

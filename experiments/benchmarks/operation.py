@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from anact_jax import DEFAULT
 from anact_jax.linen import NSwish
 from experiments.benchmarks.measuring import BATCH_NORM, PLAIN
 from experiments.networks.layers import Plain
@@ -28,7 +27,7 @@ LAYERS: Mapping[str, nn.Module] = {
     PLAIN: Plain(jax.nn.swish),
     BATCH_NORM: Normalized(),
     "NSwish": NSwish(use_running_average=False),
-    "NSwish, constants": NSwish(form=DEFAULT.replace(stop_gradient=True), use_running_average=False),
+    "NSwish, constants": NSwish(stop_gradient=True, use_running_average=False),
     "NSwish, published form": NSwish(form="published", use_running_average=False),
     "NSwish, inference": NSwish(use_running_average=True),
 }

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from anact_jax import DEFAULT
+from anact_jax import Standardized
 from anact_jax.statistics import FEW_SHARDS
 from experiments.benchmarks import training_step
 from experiments.benchmarks.measuring import random_images
@@ -78,11 +78,11 @@ def _counted(side: str, sharding: NamedSharding) -> list[str]:
 
 def _messages(channels: list[int], devices: int) -> list[tuple[int, int]]:
     """Collectives a step and numbers in them, forward; gradients of differentiated statistics send as many back."""
-    moments, layers, total = len(DEFAULT.moments), len(channels), sum(channels)
+    moments, layers, total = len(Standardized.moments), len(channels), sum(channels)
     if devices == 1:
         return [(0, 0)] * 3
     few = devices <= FEW_SHARDS
-    means = sum(name.startswith("mean") for name in DEFAULT.moments)
+    means = sum(name.startswith("mean") for name in Standardized.moments)
     return [
         (
             layers if few else 2 * layers,
@@ -101,7 +101,7 @@ def _resnet50() -> tuple[list[int], int]:
     images = jnp.zeros((1, *network.image))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     fields = jax.tree.leaves(variables["batch_stats"])  # of each layer its count and its moments
-    channels = [field.size for field in fields[:: 1 + len(DEFAULT.moments)]]
+    channels = [field.size for field in fields[:: 1 + len(Standardized.moments)]]
     return channels, sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 

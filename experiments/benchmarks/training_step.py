@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from anact_jax import DEFAULT
 from experiments.benchmarks.measuring import BATCH_NORM, PLAIN, random_images
 from experiments.config import Experiment
 from experiments.data import Batch
@@ -19,7 +18,7 @@ from experiments.training.steps import make_steps
 SIDES: Mapping[str, dict[str, Any]] = {
     PLAIN: {"activation": "swish", "norm": "none"},
     "NSwish": {"activation": "nswish", "norm": "none"},
-    "NSwish, constants": {"activation": "nswish", "norm": "none", "form": str(DEFAULT.replace(stop_gradient=True))},
+    "NSwish, constants": {"activation": "nswish", "norm": "none", "stop_gradient": True},
     BATCH_NORM: {"activation": "swish", "norm": "batch"},
     "BatchNorm, NSwish": {"activation": "nswish", "norm": "batch"},
 }

@@ -24,7 +24,7 @@ def layers_of(network: Network) -> Layers:
         norm_momentum=network.norm_momentum,
         group_size=network.group_size,
         dtype=None if network.dtype == "float32" else network.dtype,
-        form=network.form,
+        form=network.chosen_form,
         momentum=network.activation_momentum,
     )
 

@@ -18,9 +18,10 @@ from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail, run_program
 import numpy as np
 from tyro.conf import arg
 
-from anact_jax import ACTIVATIONS, Form
-from experiments.config import Data, Parts, Recipe, Storage, Training, check_at_least, check_positive
+from anact_jax import ACTIVATIONS
+from experiments.config import Data, Parts, Recipe, Storage, Training, check_at_least, check_positive, form_settings
 from experiments.data import DataError
+from experiments.forms import form_named
 from experiments.networks import MODELS, NORMS, ActivationName, check_name
 from experiments.networks.build import check_devices
 from experiments.studies.grid import Cell, Outcome, Results, run_cells
@@ -47,7 +48,7 @@ class Config(Storage, Training, Parts, Data):
         "nswish",
     )
     forms: tuple[str, ...] = ("published", "default")
-    """of normalized ones: published, default, or options as in forward+center+unit+diff+feature+nu0.1"""
+    """of normalized ones: published, default, or labels in experiments/forms.py"""
     variations: Annotated[
         tuple[str, ...],
         arg(help=f"of plain ones too: {', '.join(VARIATIONS)}; of normalized ones: {', '.join(VARIATIONS_OF_FORMS)}"),
@@ -73,7 +74,7 @@ class Config(Storage, Training, Parts, Data):
         for name in self.variations:
             check_name("variation", name, (*VARIATIONS, *VARIATIONS_OF_FORMS))
         for form in self.forms:
-            Form.parse(form)
+            form_named(form)
         for name in self.models:
             check_name("model", name, MODELS)
         for name in self.norms:
@@ -92,7 +93,9 @@ class Config(Storage, Training, Parts, Data):
             normalized = ActivationName.parse(name).normalized
             known = VARIATIONS_OF_FORMS if normalized else VARIATIONS
             for form in self.forms if normalized else ("default",):  # of no meaning
-                recipe = Recipe.part_of(self, model=model, norm=norm, activation=name, form=form)
+                recipe = Recipe.part_of(
+                    self, model=model, norm=norm, activation=name, **form_settings(form_named(form))
+                )
                 for variation in ("", *(name for name in self.variations if name in known)):
                     yield Cell(recipe, on_test=False, variation=variation)
 
@@ -114,7 +117,7 @@ def main() -> int:
     try:
         for number, side in enumerate(sides, start=1):
             recipe = side.recipe
-            which = side.variation or side.settings["form"] or "plain"
+            which = side.variation or side.recipe.label or "plain"
             named = f"{number}/{len(sides)} {recipe.model} {recipe.norm} {recipe.activation}, {which}:"
             print(named, end=" ", flush=True)
             print(compare_side(side, config, results))

@@ -23,9 +23,10 @@ import scipy.stats
 from jaxtyping import Array, Float
 from tyro.conf import arg
 
-from anact_jax import ACTIVATIONS, Form
-from experiments.config import Data, Parts, Recipe, Storage, Training, check_at_least, check_positive
+from anact_jax import ACTIVATIONS
+from experiments.config import Data, Parts, Recipe, Storage, Training, check_at_least, check_positive, form_settings
 from experiments.data import DataError, Dataset, training_batches
+from experiments.forms import form_named
 from experiments.networks import MODELS, Layer, check_name
 from experiments.networks.build import check_devices, layers_of, make_network
 from experiments.studies.ensemble import for_ensemble
@@ -50,7 +51,7 @@ class Config(Storage, Training, Parts, Data):
 
     activations: Annotated[tuple[str, ...], arg(help=f"of {', '.join(ACTIVATIONS)}")] = tuple(ACTIVATIONS)
     form: str = "published"
-    """of the normalized ones"""
+    """of the normalized ones: published, default, or a label in experiments/forms.py"""
     scales: tuple[float, ...] = (0.5, 0.7, 1.0, 1.4, 2.0)
     """constants that multiply the factors of the normalized ones"""
     model: Annotated[str, arg(help=f"one of {', '.join(MODELS)}")] = "mlp10"
@@ -70,7 +71,7 @@ class Config(Storage, Training, Parts, Data):
         super().check()
         for name in self.activations:
             check_name("activation", name, ACTIVATIONS)
-        Form.parse(self.form)
+        form_named(self.form)
         check_name("model", self.model, MODELS)
         for name in ("learning_rates", "scales"):
             for value in getattr(self, name):
@@ -83,7 +84,8 @@ class Config(Storage, Training, Parts, Data):
         """Every activation as it is and normalized, with what its factor is multiplied by, at no particular rate."""
         forms = [(name, 1.0) for name in self.activations]
         forms += [(f"n{name}", scale) for name in self.activations for scale in self.scales]
-        return [(Recipe.part_of(self, norm="none", activation=name), scale) for name, scale in forms]
+        settings = form_settings(form_named(self.form))
+        return [(Recipe.part_of(self, norm="none", activation=name, **settings), scale) for name, scale in forms]
 
 
 class Scaled(nn.Module):

@@ -15,7 +15,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
-from anact_jax import DEFAULT, Form
+from experiments.forms import label_named
 from experiments.studies.grid import Results
 from experiments.studies.intervals import Interval
 from experiments.studies.rivals import DEEP_KERNEL_SHAPING
@@ -49,8 +49,8 @@ class Config:
     """folder with results.jsonl of the forms that were tried"""
     workdir: Path = Path("experiments/results/verdict")
     """folder with results.jsonl of the verdict"""
-    form: str = str(DEFAULT)
-    """the form that is judged"""
+    form: str = "default"
+    """the form that is judged: default, published, or its label in the results"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +78,12 @@ def main() -> int:
     """Runs the program and returns its exit status."""
     config = settings_of(Config)
     try:
-        form = Form.parse(config.form)
         choice, verdict = (_results_in(folder) for folder in (config.choice, config.workdir))
+        rows = rows_of(verdict, label_named(config.form))
+        if not rows:
+            raise ValueError(f"{config.workdir} has no finished runs of form {config.form!r} beside plain ones")
     except (ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
-    rows = rows_of(verdict, form)
     print(forms_table(choice), ways_table(choice), report(rows), short_table(rows), sep="\n\n")
     return 0
 
@@ -146,12 +147,12 @@ def _forms(networks: _Networks) -> list[str]:
     return sorted({form for found in networks.values() for form in found}, key=lambda form: (len(form), form))
 
 
-def rows_of(results: Results, form: Form) -> list[Row]:
-    """Every network and activation in which both plain and this form are finished."""
+def rows_of(results: Results, label: str) -> list[Row]:
+    """Every network and activation in which both plain and the form with this label are finished."""
     rows = []
     for place, table in arrange(results).items():
         for side, column in table.items():
-            if side.form == str(form) and not side.variation:
+            if side.form == label and not side.variation:
                 for activation in sorted(column.keys() & table.get(side.plain, {}).keys()):
                     plain = table[side.plain][activation]
                     network = _network(place) + ("" if side.norm == "none" else f", {side.norm}")

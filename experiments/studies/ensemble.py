@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +13,6 @@ from experiments.config import Recipe
 from experiments.data import Batch, Dataset, training_batches
 from experiments.networks import Layers
 from experiments.training.steps import Metrics, Steps, TrainState
-
-Change: TypeAlias = Callable[[int, TrainState, Batch], tuple[TrainState, Batch]]
 
 
 def for_ensemble(layers: Layers) -> Layers:
@@ -30,7 +28,6 @@ def training(
     rates: Sequence[float],
     *,
     orders: Sequence[int] | None = None,
-    change: Change | None = None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
     """Trains several runs at once; after each step gives the state and the metrics, with a leading axis of runs.
 
@@ -43,8 +40,6 @@ def training(
         seeds: of each run.
         rates: learning rate of each run.
         orders: seed of the order of examples of each run, by default its own.
-        change: given the number of the step from 0, the state before it and its batch; gives both as the step takes
-            them.
     """
     orders = seeds if orders is None else orders
     state = steps.create(jnp.array(seeds), jnp.array(rates))
@@ -53,11 +48,9 @@ def training(
         order: training_batches(dataset, recipe.batch_size, seed=order, epochs=recipe.epochs, augmentation=augmentation)
         for order in set(orders)
     }
-    for step, drawn in enumerate(zip(*batches.values(), strict=True)):
+    for drawn in zip(*batches.values(), strict=True):
         by_order = dict(zip(batches, drawn, strict=True))
         batch = Batch(*map(np.stack, zip(*(by_order[order] for order in orders), strict=True)))
-        if change is not None:
-            state, batch = change(step, state, batch)
         state, metrics = steps.train(state, batch)
         yield state, metrics
 

@@ -22,20 +22,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from anact_jax import (
-    ACTIVATIONS,
-    Activation,
-    Form,
-    Normalization,
-    Stats,
-    diagnostics,
-    normalization,
-)
+from anact_jax import ACTIVATIONS, Activation, FactorAndShift, Stats, diagnostics
 from anact_jax.diagnostics import LayerPass
 from anact_jax.theory import Layer, Variances, linear, plain, propagate
 from experiments.config import Recipe, check_at_least, check_positive
 from experiments.data import Batch, Dataset, load
 from experiments.data.pipeline import standardize
+from experiments.forms import form_named
 from experiments.networks import ActivationName, make_layers
 from experiments.networks.mlp import MLP
 from experiments.studies.ensemble import training
@@ -67,7 +60,7 @@ class Config:
     activations: tuple[str, ...] = ("relu", "swish", "nrelu", "nswish")
     """names of activations; with n before it, as in nswish, normalized"""
     form: str = "published"
-    """of the normalized ones; one with a factor for the layer that is a constant under differentiation"""
+    """of the normalized ones: published, or a label in experiments/forms.py with one factor a layer, a constant"""
     depth: int = 30
     """hidden layers"""
     width: int = 64
@@ -98,9 +91,12 @@ class Config:
                 raise ValueError(f"{field} needs at least one value")
         for name in self.activations:
             ActivationName.parse(name)
-        form = Form.parse(self.form)
-        if form.axes or not form.stop_gradient or form.nonlinearity is not None:
-            raise ValueError(f"theory predicts forms without diff, feature and nu, such as mean+center, got {form}")
+        form = form_named(self.form)
+        if form.axis is not None or not form.stop_gradient or form.learned:
+            raise ValueError(
+                "theory predicts forms with one factor a layer that is a constant under differentiation, such as "
+                f"published or mean+center, got {form}"
+            )
         if not 1 <= self.batch_size <= len(dataset.train):
             raise ValueError(f"batch_size must lie between 1 and {len(dataset.train)}, got {self.batch_size}")
         for field in ("depth", "width", "seeds", "learning_rate"):
@@ -137,8 +133,8 @@ def study(name: str, config: Config, dataset: Dataset) -> Result:
     Raises:
         DivergenceError: a measured number is not finite.
     """
-    form = Form.parse(config.form)
-    normalize = plain if name in ACTIVATIONS else functools.partial(normalization, form=form)
+    form = form_named(config.form)
+    normalize = plain if name in ACTIVATIONS else form.factor_and_shift
     f = ACTIVATIONS.get(name) or ACTIVATIONS[name.removeprefix("n")]
     # Differentiated statistics would carry one example's loss to all others.
     layers = make_layers(name, "none", form=form)
@@ -195,7 +191,7 @@ def pass_through(model: nn.Module, batch: Batch, variables: PyTree[Array]) -> tu
 
 def predict(
     f: Activation,
-    normalize: Callable[[Stats], Normalization],
+    normalize: Callable[[Stats], FactorAndShift],
     input_sq: Float[Array, " examples"],
     params: PyTree[Array],
     gradient_sq: Float[Array, " examples"],

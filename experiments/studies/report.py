@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from anact_jax.form import NAMED
 from experiments.data import DATASETS
+from experiments.forms import WORDS, label_of
 from experiments.studies.grid import Results
 from experiments.studies.tables import Place, Runs, Side, Table, arrange, cell, markdown_table
 
@@ -92,7 +92,7 @@ def _draw_panels(table: Table, path: Path, guessing: float, draw: Callable[..., 
 
 def in_words(side: Side) -> str:
     """A side's label, with the names of the forms that have one."""
-    named = {str(form): f"{name} form" for name, form in NAMED.items()}
+    named = {label_of(form): f"{name} form" for name, form in WORDS.items()}
     return str(side if side.variation else side._replace(form=named.get(side.form or "", side.form)))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from dks.base.activation_transform import get_transformed_activations
 from jaxtyping import Array, Float
 
-from anact_jax import ACTIVATIONS, Activation, gaussian_stats, normalization, tempered
+from anact_jax import ACTIVATIONS, Activation, Standardized, gaussian_stats, tempered
 from anact_jax.linen import ANAct
 from experiments.config import Recipe
 from experiments.data import Dataset
@@ -25,6 +25,7 @@ from experiments.studies.grid import not_run_today
 
 DEEP_KERNEL_SHAPING = "Deep Kernel Shaping"
 TEMPERED_TO = 0.1  # limit of the nonlinearity, where it is tempered
+UNIT = Standardized(std=1.0, axis=None, stop_gradient=True)
 
 _SHAPEABLE = ("elu", "gelu", "relu", "selu", "sigmoid", "softplus", "swish", "tanh")
 SHORTCUT_WEIGHT = 0.8  # w of the sums `w x + sqrt(1 - w^2) branch` that the method asks for in residual networks
@@ -150,15 +151,15 @@ def _batch_norm_behind(recipe: Recipe, layers: Layers, dataset: Dataset, limit: 
 
 
 def _frozen(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
-    """The form `forward+center+unit`, with the statistics under N(0, 1) instead of the batch's."""
-    frozen = ANAct(ACTIVATIONS[recipe.activation], form="forward+center+unit", use_running_average=True)
+    """Normalized to deviation 1, with the statistics under N(0, 1) instead of the batch's."""
+    frozen = ANAct(ACTIVATIONS[recipe.activation], form=UNIT, use_running_average=True)
     return layers._replace(act=lambda inference: frozen.copy())
 
 
 def _normalizer_free(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
     """Kernels standardized, f by its deviation under N(0, 1), branches weighted by 0.2, as in Brock et al."""
     fn = ACTIVATIONS[recipe.activation]
-    scale = normalization(gaussian_stats(fn), "forward+center+unit").factor
+    scale = UNIT.factor_and_shift(gaussian_stats(fn)).factor
     return layers._replace(
         conv=UnitKernel,
         dense=UnitKernel,
@@ -170,7 +171,7 @@ def _normalizer_free(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers
 def _magnitude_preserving(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
     """Kernels of unit norm, f by its mean square under N(0, 1), sums that keep the variance, as in EDM2."""
     fn = ACTIVATIONS[recipe.activation]
-    scale = normalization(gaussian_stats(fn), "forward+unit").factor
+    scale = dataclasses.replace(UNIT, center=False).factor_and_shift(gaussian_stats(fn)).factor
     return _with_magnitudes_kept(recipe, layers, dataset)._replace(act=lambda inference: Plain(lambda x: scale * fn(x)))
 
 

@@ -16,7 +16,6 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from anact_jax import Form
 from experiments.config import Experiment
 from experiments.data.sets import one_line
 from experiments.folders import check_writable_name
@@ -266,7 +265,7 @@ class Checkpoints:
         if missing and not self._config.fresh_statistics:
             raise ValueError(
                 f"{where} lacks running statistics, {', '.join(missing[:3])}{', ...' if missing[3:] else ''}, which "
-                f"this network keeps (form {Form.parse(self._config.form)}); --fresh-statistics starts them anew"
+                f"this network keeps (form {self._config.label}); --fresh-statistics starts them anew"
             )
         return missing
 

@@ -7,10 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, PyTree
 
-from anact_jax import Form
-from anact_jax.diagnostics import ACTIVATIONS, LayerGains, gains_on_batch, linen_layers
+from anact_jax import Form, Stats
+from anact_jax.diagnostics import NORMALIZED, LayerGains, gains_on_batch
 from experiments.networks import Plain
 
 Gains: TypeAlias = Callable[[PyTree[Array | np.ndarray]], list[LayerGains]]
@@ -26,7 +27,7 @@ def gains_of(model: nn.Module, images: Float[np.ndarray, "n h w c"] | Float[Arra
         logits: Any = model.apply(variables, images, train=False)
         return jnp.sum(logits)
 
-    measure = jax.jit(gains_on_batch(total, (*ACTIVATIONS, Plain)))
+    measure = jax.jit(gains_on_batch(total, (*NORMALIZED, Plain)))
     return lambda variables: list(jax.device_get(measure(jax.device_get(variables), images)))
 
 
@@ -43,10 +44,16 @@ def worst_gains(layers: list[LayerGains]) -> str:
     return f"{worst.name} has forward gain {worst.forward:.3g} and backward gain {worst.backward:.3g}"
 
 
-def factor_range(variables: dict[str, Any], form: Form | str) -> tuple[Array, Array] | None:
+def factor_range(variables: dict[str, Any], form: Form) -> tuple[Array, Array] | None:
     """Smallest and largest factor in inference, learned corrections included; None without normalized activations."""
-    layers = linen_layers(variables, Form.parse(form))
+    state, params = (flatten_dict(variables.get(kind, {})) for kind in ("batch_stats", "params"))
+
+    def factors(layer: tuple[str, ...]) -> Array:
+        stats = Stats(**{name: state[*layer, name] for name in ("count", *form.moments)})
+        return form.factor_and_shift(stats, params[*layer, "alpha"] if form.learned else None).factor.ravel()
+
+    layers = [path[:-1] for path in state if path[-1] == "count"]  # normalization layers keep none
     if not layers:
         return None
-    every = jnp.concatenate([numbers.factor.ravel() for _, numbers in layers.values()])
+    every = jnp.concatenate(list(map(factors, layers)))
     return jnp.min(every), jnp.max(every)

@@ -93,7 +93,7 @@ def train(
     per_epoch = steps_per_epoch(config, dataset)
     over_devices = NamedSharding(_mesh(), PartitionSpec("data"))
     position = start or Position(first_state(steps, config))
-    factors = jax.jit(lambda variables: factor_range(variables, config.form))
+    factors = jax.jit(lambda variables: factor_range(variables, config.chosen_form))
     batches = training_batches(
         dataset,
         config.batch_size,
