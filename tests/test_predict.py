@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from anact_jax.closed import BEHIND_BATCH_NORM
 from PIL import Image
 from test_train_resnet import DATASET, config, small_model
 
