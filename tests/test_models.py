@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from anact_jax.closed import BEHIND_BATCH_NORM
 
 from anact_jax import DEFAULT, PUBLISHED, activation_stats, tempered
+from anact_jax.closed import BEHIND_BATCH_NORM
 from anact_jax.linen import ANAct, BatchNormAct
 from experiments.config import Recipe
 from experiments.data import load

@@ -7,11 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from anact_jax.closed import BEHIND_BATCH_NORM
 from PIL import Image
 from test_train_resnet import DATASET, config, small_model
 
 from anact_jax import DEFAULT
+from anact_jax.closed import BEHIND_BATCH_NORM
 from experiments import inspect_runs, predict, train_resnet
 from experiments.config import SETTINGS, Experiment, read_experiment
 from experiments.data import load
