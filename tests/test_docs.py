@@ -12,6 +12,7 @@ import pytest
 import anact_jax
 import anact_jax.diagnostics
 import anact_jax.export
+import anact_jax.health
 import anact_jax.linen
 import anact_jax.nnx
 import anact_jax.plots
@@ -65,7 +66,7 @@ def public_names():
     for module in (
         anact_jax.linen,
         anact_jax.nnx,
-        *(getattr(anact_jax, n) for n in ("diagnostics", "export", "plots", "theory")),
+        *(getattr(anact_jax, n) for n in ("diagnostics", "export", "health", "plots", "theory")),
     ):
         for name, value in vars(module).items():
             kind = inspect.isclass(value) or inspect.isfunction(value)
@@ -73,7 +74,11 @@ def public_names():
                 yield f"{module.__name__}.{name}"
 
 
-INTERNAL = {"anact_jax.linen.function_of", "anact_jax.linen.unbound", "anact_jax.diagnostics.Name"}
+INTERNAL = {
+    "anact_jax.linen.function_of",
+    "anact_jax.linen.unbound",
+    *(f"anact_jax.diagnostics.{name}" for name in ("Call", "Name", "measured_at")),
+}
 
 
 def test_reference_has_every_public_name():
