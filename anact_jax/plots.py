@@ -17,8 +17,8 @@ _LINES_IN_LEGEND = 8
 _LAYERS = "layer, from input to output"
 _GAINS = {"forward": "signals", "backward": "gradients"}
 _GOOD_GAINS = (
-    "Good: both near 1, or products that stay near 1. A form at unit level brings any input to the\n"
-    "variance 1, so that wide input, as after an addition, shows as gains below 1."
+    "Good: both near 1, or products that stay near 1. A Standardized layer brings any input to one\n"
+    "deviation, so that wide input, as after an addition, shows as gains below 1."
 )
 
 
