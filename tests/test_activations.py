@@ -9,7 +9,7 @@ from anact_jax.linen import NSwish
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("limit", [0.01, 0.1])
+@pytest.mark.parametrize("limit", [pytest.param(0.01, marks=pytest.mark.slow), 0.1])
 def test_tempered_is_within_the_limit(name, limit):
     f = ACTIVATIONS[name]
     np.testing.assert_allclose(nonlinearity(tempered(f, limit)), min(limit, nonlinearity(f)), rtol=1e-3, atol=2e-5)
@@ -127,7 +127,7 @@ def test_tempered_is_continuous_near_even_functions(limit):
 
 
 @pytest.mark.parametrize("name", ["relu", "swish", "softplus", "tanh", "elu"])
-@pytest.mark.parametrize("limit", [0.01, 0.1, 0.7])
+@pytest.mark.parametrize("limit", [0.1, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (0.01, 0.7))])
 def test_falling_functions_are_tempered_as_rising(name, limit):
     f = activation(name)
     np.testing.assert_allclose(kappa(lambda x: -f(x), limit), -kappa(f, limit), rtol=1e-5)

@@ -343,7 +343,10 @@ def test_bad_options_are_refused_when_made(options, error, message):
         ANAct(**options)
 
 
-@pytest.mark.parametrize("module", NAMES.values())
+@pytest.mark.parametrize(
+    "module",
+    [name if name in ("NReLU", "NTanh") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES.values()],
+)
 def test_pickled_and_copied_modules_give_the_same_output(module):
     layer = getattr(anact_jax.linen, module)(use_running_average=True)
     variables = layer.init(jax.random.key(0), X)
@@ -594,9 +597,21 @@ class Given(nn.Module):
         return self.act(x)
 
 
-@pytest.mark.parametrize("lift", [lambda module: module, nn.remat, nn.jit], ids=["plain", "remat", "jit"])
-@pytest.mark.parametrize("place", ["top", "setup", "compact", "given"])
+@pytest.mark.parametrize(
+    ("place", "lift"),
+    [
+        *((place, "plain") for place in ("top", "setup", "compact", "given")),
+        *(("top", "remat"), ("compact", "jit")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(("top", "setup", "compact", "given"), ("remat", "jit"))
+            if case not in (("top", "remat"), ("compact", "jit"))
+        ),
+    ],
+)
 def test_module_within_a_module_learns_wherever_made(place, lift):
+    lift = {"plain": lambda module: module, "remat": nn.remat, "jit": nn.jit}[lift]
+
     def make():
         fn = nn.Sequential([Scaled(nn.PReLU(negative_slope_init=0.25)), jnp.tanh])
         return lift(anact_jax.linen.ANAct)(fn, use_running_average=False)

@@ -351,7 +351,9 @@ def test_groups_of_shards():
     np.testing.assert_allclose(layer.mean_in[...], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in ("NReLU", "NTanh") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_pickled_and_copied_modules_give_the_same_output(name):
     x, layer = batches(1)[0], getattr(anact_jax.nnx, name)(6, use_running_average=True)
     y = layer(x)
