@@ -408,7 +408,7 @@ def test_moments_that_a_form_does_not_use_are_left_behind_and_those_it_lacks_sta
         checkpoints.save(Position(few_moments._replace(batch_stats=found), 3))
     with (
         Checkpoints(tmp_path / "few", many) as checkpoints,
-        pytest.raises(ValueError, match=r"form 'forward.*, now 'mean"),
+        pytest.raises(ValueError, match=r"form 'Standardized.*, now 'mean'"),
     ):
         checkpoints.restore(all_moments, print)
     with Checkpoints(tmp_path / "few", dataclasses.replace(many, fresh_statistics=True)) as checkpoints:
