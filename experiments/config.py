@@ -308,7 +308,7 @@ class Recipe(Training, Network, Data):
     @property
     def recipe(self) -> dict[str, Any]:
         """Its settings by name, as results and checkpoints hold them: the form is a label."""
-        names = {field.name for field in dataclasses.fields(Recipe)} - FORM_SETTINGS
+        names = [field.name for field in dataclasses.fields(Recipe) if field.name not in FORM_SETTINGS]
         settings = {name: getattr(self, name) for name in names}
         return settings | {"activation": str(ActivationName.parse(self.activation)), "form": self.label}
 
