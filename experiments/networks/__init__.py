@@ -23,7 +23,6 @@ from experiments.networks.names import ActivationName, check_name
 from experiments.networks.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet, WideResNet
 
 __all__ = [
-    "CHAINS",
     "INITS",
     "MODELS",
     "NORMS",
@@ -66,7 +65,6 @@ _MAKERS: dict[str, Callable[..., nn.Module]] = {
     "preresmlp16": functools.partial(ResidualMLP, depth=16, width=128, activation_first=True),
 }
 MODELS = tuple(_MAKERS)
-CHAINS = tuple(name for name in MODELS if name.startswith("mlp"))  # dense layers without shortcuts
 
 
 def make_model(name: str, layers: Layers, classes: int, stem: str = "small") -> nn.Module:
