@@ -1,16 +1,21 @@
 """The health check finds each misuse, and nothing in sound networks."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sklearn.datasets import load_digits
 
 import anact_jax.nnx
 from anact_jax.health import health
 from anact_jax.linen import ANAct, NReLU, NSwish
+from experiments.networks import MODELS, make_layers, make_model
 
+SMALL = [name for name in MODELS if name not in ("resnet50", "resnet101", "wrn28_10", "mlp100", "resmlp100")]
 X = jax.random.normal(jax.random.key(0), (64, 8))
 
 
@@ -135,3 +140,23 @@ def test_curvature_follows_the_deviation():
 
     assert nu(tempering=0.01) < nu() / 2
     assert nu(std=0.1) < nu()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "norm"), [*((name, "none") for name in SMALL), ("mlp10", "batch"), ("resnet20", "batch")]
+)
+def test_networks_of_the_programs_are_sound(name, norm):
+    images = jnp.asarray((load_digits().images[..., None] - 4.9) / 6, jnp.float32)
+    model = make_model(name, make_layers("nswish", norm), classes=10)
+    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0, impl="rbg"), images[:2])
+
+    @jax.jit
+    def measured(variables, x):
+        return {**variables, **model.apply(variables, x, train=True, mutable=["batch_stats"])[1]}
+
+    for start in (*range(0, 1280, 64), *range(0, 1280, 64)):
+        variables = measured(variables, images[start : start + 64])
+    found = checked(model, variables, images[:256])
+    assert found.findings == ()
+    assert len(found.rows) > 4
