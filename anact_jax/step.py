@@ -188,8 +188,8 @@ def anact(
 
 def _warn_of_one_value(shape: tuple[Any, ...], axes: tuple[int, ...], shards: Shards | None) -> None:
     sizes = [shape[axis] for axis in other_axes(axes, len(shape))]
-    known = all(isinstance(size, int) for size in sizes)
-    if known and set(sizes) <= {1} and (shards is None or shards.largest_group() == 1):
+    # A size may be unknown until the program runs.
+    if all(isinstance(size, int) and size == 1 for size in sizes) and (shards is None or shards.largest_group() == 1):
         warnings.warn(
             f"a batch of one value a feature cannot update statistics: x has shape {shape}, with features on axes "
             f"{axes}. If jax.vmap hides the batch, name its axis, as in jax.vmap(..., axis_name='batch') and "
