@@ -64,8 +64,8 @@ def formula(g: ExplicitActivation, constants: Constants, x: Array, factor: Array
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def scaled(g: ExplicitActivation, constants: Constants, x: Array, factor: Array, shift: Array) -> Array:
-    """`formula`, for a CPU."""
-    return _computed_once(formula(g, constants, x, factor, shift))
+    """`formula`, whose derivatives suit a CPU."""
+    return formula(g, constants, x, factor, shift)
 
 
 @scaled.defjvp
@@ -91,7 +91,7 @@ def _scaled_jvp(g: ExplicitActivation, primals: tuple[Any, ...], tangents: tuple
         return change
 
     ways = {"cpu": along_numbers, "default": at_once}
-    return scaled(g, *primals), along_x + jax.lax.platform_dependent(x, *numbers, *tangents[2:], **ways)
+    return _computed_once(scaled(g, *primals)), along_x + jax.lax.platform_dependent(x, *numbers, *tangents[2:], **ways)
 
 
 def _other_shape(shape: tuple[int, ...], shared: int, batch: tuple[int, ...]) -> tuple[int, ...]:
