@@ -3,7 +3,7 @@
 The Flax modules live in `anact_jax.linen` and `anact_jax.nnx`; importing this package does not import Flax.
 """
 
-from anact_jax.activations import ACTIVATIONS, activation, nonlinearity, tempered
+from anact_jax.activations import ACTIVATIONS, nonlinearity, tempered
 from anact_jax.forms import Form, Standardized
 from anact_jax.gaussian import gaussian_stats
 from anact_jax.published import Gains, Published, gains
@@ -24,7 +24,6 @@ __all__ = [
     "Published",
     "Standardized",
     "Stats",
-    "activation",
     "activation_stats",
     "anact",
     "gains",

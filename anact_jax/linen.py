@@ -13,11 +13,10 @@ from flax.linen.transforms import get_module_scopes, set_module_scopes
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from anact_jax import activations
 from anact_jax.forms import Form, form_of
 from anact_jax.running import averaged, check_momentum, without_batches
 from anact_jax.statistics import FactorAndShift, Stats, feature_axes
-from anact_jax.step import anact, check_activation, check_moments, initial_stats, warn_of_sharing
+from anact_jax.step import anact, check_activation, check_state, check_width, initial_stats, warn_of_sharing
 from anact_jax.tracing import Activation, by_reference, widened
 
 # For each pass that is under way (one `apply` or `init`, or one body of a transform), the layers that updated in it.
@@ -79,7 +78,7 @@ class ANAct(nn.Module):
     """
 
     # Not in the class, where `nnx.bridge.ToNNX` would take it for a method.
-    fn: Activation = dataclasses.field(default_factory=lambda: activations.swish)
+    fn: Activation = dataclasses.field(default_factory=lambda: jax.nn.swish)
     _: dataclasses.KW_ONLY
     form: Form | str | None = None
     std: float = 0.5
@@ -178,7 +177,7 @@ class ANAct(nn.Module):
         """
         form = form_of(self.form)
         held = {name: self._held(self.collection, name) for name in ("count", *form.moments)}
-        check_moments(self.variables[self.collection], form, self._where)
+        check_state(self.variables[self.collection], form, self._where)
         return Stats(**{name: widened(value) for name, value in held.items()})
 
     def normalization(self) -> FactorAndShift:
@@ -254,13 +253,7 @@ class ANAct(nn.Module):
         missing = [name for name in names if not self.has_variable(self.collection, name)]
         prior = initial_stats(f, form, features) if missing else None
         state = {name: self.variable(self.collection, name, lambda name=name: getattr(prior, name)) for name in names}
-        shape = jnp.shape(state["count"].value)
-        if shape not in ((), features):
-            raise ValueError(
-                f"{self._where} has statistics of shape {shape}, but its input has {features} features (axis "
-                f"{form.axis}); a layer serves one width: give each place a layer of its own, or share one with "
-                "axis=None"
-            )
+        check_width(jnp.shape(state["count"].value), features, form, self._where)  # `init` may have met another one
         return state
 
     def _check_state(self, form: Form, update: bool) -> None:
@@ -277,7 +270,7 @@ class ANAct(nn.Module):
                 f"{self._where} has no running statistics: collection {name!r} is missing from the variables given to "
                 f"apply. Pass {{'params': params, {name!r}: ...}} as model.init returned them and training updated them"
             )
-        check_moments(held, form, self._where)
+        check_state(held, form, self._where)
 
 
 def function_of(layer: ANAct, x: Array | None = None) -> Activation:
@@ -355,61 +348,61 @@ def estimate_stats(
 class NReLU(ANAct):
     """`ANAct` of `jax.nn.relu`."""
 
-    fn: Activation = activations.relu
+    fn: Activation = jax.nn.relu
 
 
 class NLeakyReLU(ANAct):
     """`ANAct` of `jax.nn.leaky_relu`."""
 
-    fn: Activation = activations.leaky_relu
+    fn: Activation = jax.nn.leaky_relu
 
 
 class NELU(ANAct):
     """`ANAct` of `jax.nn.elu`."""
 
-    fn: Activation = activations.elu
+    fn: Activation = jax.nn.elu
 
 
 class NSELU(ANAct):
     """`ANAct` of `jax.nn.selu`."""
 
-    fn: Activation = activations.selu
+    fn: Activation = jax.nn.selu
 
 
 class NTanh(ANAct):
     """`ANAct` of `jax.numpy.tanh`."""
 
-    fn: Activation = activations.tanh
+    fn: Activation = jnp.tanh
 
 
 class NSigmoid(ANAct):
     """`ANAct` of `jax.nn.sigmoid`."""
 
-    fn: Activation = activations.sigmoid
+    fn: Activation = jax.nn.sigmoid
 
 
 class NSoftplus(ANAct):
     """`ANAct` of `jax.nn.softplus`."""
 
-    fn: Activation = activations.softplus
+    fn: Activation = jax.nn.softplus
 
 
 class NSwish(ANAct):
     """`ANAct` of `jax.nn.swish`, also named SiLU."""
 
-    fn: Activation = activations.swish
+    fn: Activation = jax.nn.swish
 
 
 class NGELU(ANAct):
     """`ANAct` of `jax.nn.gelu`."""
 
-    fn: Activation = activations.gelu
+    fn: Activation = jax.nn.gelu
 
 
 class NMish(ANAct):
     """`ANAct` of `jax.nn.mish`."""
 
-    fn: Activation = activations.mish
+    fn: Activation = jax.nn.mish
 
 
 NSiLU = NSwish

@@ -12,11 +12,10 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from anact_jax import activations
 from anact_jax.forms import Form, form_of
 from anact_jax.running import averaged, check_momentum, without_batches
 from anact_jax.statistics import FactorAndShift, Stats, feature_axes
-from anact_jax.step import anact, check_activation, check_moments, initial_stats, warn_of_sharing
+from anact_jax.step import anact, check_activation, check_state, initial_stats, warn_of_sharing
 from anact_jax.tracing import Activation, by_reference, widened
 
 # What layers wrote in a trace that is under way, by identity.
@@ -65,7 +64,7 @@ class ANAct(nnx.Module):
 
     def __init__(
         self,
-        fn: Activation = activations.swish,
+        fn: Activation = jax.nn.swish,
         features: int | None = None,
         *,
         form: Form | str | None = None,
@@ -126,13 +125,7 @@ class ANAct(nnx.Module):
             use_running_average = True
         update = not self.frozen and (not use_running_average if self.update is None else self.update)
         features = tuple(x.shape[axis] for axis in feature_axes(self.form.axis, x.ndim))
-        variables = self._variables
-        if self.count.shape not in ((), features):
-            raise ValueError(
-                f"{type(self).__name__} has statistics of shape {self.count.shape}, but its input has {features} "
-                f"features (axis {self.form.axis}); a layer serves one width: give each place a layer of its own, or "
-                "share one with axis=None"
-            )
+        variables = self._variables(features)
         y, new = anact(
             self.fn,
             x,
@@ -173,7 +166,7 @@ class ANAct(nnx.Module):
 
     def running_stats(self) -> Stats:
         """Running statistics, in float32 or wider."""
-        return Stats(**{name: widened(variable[...]) for name, variable in self._variables.items()})
+        return Stats(**{name: widened(variable[...]) for name, variable in self._variables().items()})
 
     def normalization(self) -> FactorAndShift:
         """Factor and shift in inference; before training they are those of a standard normal input.
@@ -184,18 +177,10 @@ class ANAct(nnx.Module):
         """
         return self.form.factor_and_shift(self.running_stats(), None if self.alpha is None else self.alpha[...])
 
-    @property
-    def _variables(self) -> dict[str, nnx.BatchStat[Array]]:
+    def _variables(self, features: tuple[int, ...] | None = None) -> dict[str, nnx.BatchStat[Array]]:
         held = {name: getattr(self, name) for name in Stats._fields if hasattr(self, name)}
-        check_moments(held, self.form, type(self).__name__)
-        variables = {name: held[name] for name in ("count", *self.form.moments)}
-        shapes = {name: variable.shape for name, variable in variables.items()}
-        if len(set(shapes.values())) > 1:
-            raise ValueError(
-                f"{type(self).__name__} has moments of several shapes, {shapes}: a part of them is the state of "
-                "another form; anact_jax.restored(saved, fresh) says which"
-            )
-        return variables
+        check_state(held, self.form, type(self).__name__, features)
+        return {name: held[name] for name in ("count", *self.form.moments)}
 
     def _sizes(self, features: Any) -> tuple[int, ...]:
         name = type(self).__name__
@@ -253,61 +238,61 @@ def estimate_stats(
 class NReLU(ANAct):
     """`ANAct` of `jax.nn.relu`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, activations.relu)
+    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.relu)
 
 
 class NLeakyReLU(ANAct):
     """`ANAct` of `jax.nn.leaky_relu`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, activations.leaky_relu)
+    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.leaky_relu)
 
 
 class NELU(ANAct):
     """`ANAct` of `jax.nn.elu`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, activations.elu)
+    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.elu)
 
 
 class NSELU(ANAct):
     """`ANAct` of `jax.nn.selu`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, activations.selu)
+    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.selu)
 
 
 class NTanh(ANAct):
     """`ANAct` of `jax.numpy.tanh`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, activations.tanh)
+    __init__ = functools.partialmethod(ANAct.__init__, jnp.tanh)
 
 
 class NSigmoid(ANAct):
     """`ANAct` of `jax.nn.sigmoid`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, activations.sigmoid)
+    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.sigmoid)
 
 
 class NSoftplus(ANAct):
     """`ANAct` of `jax.nn.softplus`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, activations.softplus)
+    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.softplus)
 
 
 class NSwish(ANAct):
     """`ANAct` of `jax.nn.swish`, also named SiLU."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, activations.swish)
+    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.swish)
 
 
 class NGELU(ANAct):
     """`ANAct` of `jax.nn.gelu`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, activations.gelu)
+    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.gelu)
 
 
 class NMish(ANAct):
     """`ANAct` of `jax.nn.mish`."""
 
-    __init__ = functools.partialmethod(ANAct.__init__, activations.mish)
+    __init__ = functools.partialmethod(ANAct.__init__, jax.nn.mish)
 
 
 NSiLU = NSwish

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from anact_jax.statistics import (
     sharded_as,
     shards_of,
 )
-from anact_jax.tracing import Activation, Constants, known, traced, while_tracing, wide_dtype
+from anact_jax.tracing import Activation, Constants, check_floating, known, traced, while_tracing, wide_dtype
 
 _LARGEST = 1e15  # from here on, elements count as not finite
 
@@ -161,8 +161,7 @@ def anact(
         (0.5, 1.0)
     """
     form, x = form_of(form), jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x must be floating point, got dtype {x.dtype}; cast it first")
+    check_floating(x)
     check_momentum(momentum)
     axes, shards = feature_axes(form.axis, x.ndim), shards_of(axis_name, axis_index_groups)
     update = not use_running_average if update is None else update
@@ -179,7 +178,7 @@ def anact(
         update,
         jnp.dtype(x.dtype if dtype is None else dtype),
         x,
-        _fitting(running, form, tuple(x.shape[axis] for axis in axes), x.shape),
+        _fitting(running, form, tuple(x.shape[axis] for axis in axes)),
         broadcast_mask(mask, x),
         momentum,
         alpha,
@@ -208,8 +207,8 @@ def warn_of_sharing(layer: str) -> None:
     )
 
 
-def check_moments(held: Collection[str], form: Form, layer: str) -> None:
-    """Raises ValueError unless the moments that a layer's state holds are those of its form."""
+def check_state(held: Mapping[str, Any], form: Form, layer: str, features: tuple[Any, ...] | None = None) -> None:
+    """Raises ValueError unless a layer's state holds the moments of its form, in the shape of the features."""
     names = ("count", *form.moments)
     missing = [name for name in names if name not in held]
     surplus = [name for name in MOMENTS if name in held and name not in names]
@@ -220,9 +219,29 @@ def check_moments(held: Collection[str], form: Form, layer: str) -> None:
             "form. Make the layer with the form it was trained with, as in form='published', or begin with new "
             "statistics, anact_jax.restored(saved, fresh, start_anew=True)"
         )
+    shapes = {name: jnp.shape(held[name]) for name in names}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"{layer} has moments of several shapes, {shapes}: a part of them is the state of another form; "
+            "anact_jax.restored(saved, fresh) says which"
+        )
+    if features is not None:
+        check_width(shapes["count"], features, form, layer)
 
 
-def _fitting(running: Stats, form: Form, features: tuple[Any, ...], shape: tuple[Any, ...]) -> Stats:
+def check_width(shape: tuple[Any, ...], features: tuple[Any, ...], form: Form, layer: str) -> None:
+    """Raises ValueError unless statistics of this shape serve for these features."""
+    if shape in ((), features):
+        return
+    remedy = (
+        "with axis=None there is one set a layer: they were kept with an axis"
+        if form.axis is None
+        else "a layer serves one width: give each place a layer of its own, or share one with axis=None"
+    )
+    raise ValueError(f"{layer} has statistics of shape {shape}, but its input has {features} features; {remedy}")
+
+
+def _fitting(running: Stats, form: Form, features: tuple[Any, ...]) -> Stats:
     """Running statistics with the moments of the form alone, one for each feature."""
     missing = [name for name in form.moments if getattr(running, name) is None]
     if missing:
@@ -230,11 +249,7 @@ def _fitting(running: Stats, form: Form, features: tuple[Any, ...], shape: tuple
             f"the running statistics have no {', '.join(missing)}, which form {form} uses; begin with "
             "anact_jax.initial_stats(f, form), or keep to the form that they were made for"
         )
-    if running.count.shape not in ((), features):
-        raise ValueError(
-            f"running statistics of shape {running.count.shape} do not fit axis {form.axis} of x with shape {shape}, "
-            f"which needs {features}; set axis as when they were made, or make them anew"
-        )
+    check_width(running.count.shape, features, form, "running")
     kept = {name: jnp.asarray(getattr(running, name)) for name in ("count", *form.moments)}
     return Stats(**{name: jnp.broadcast_to(value, features) for name, value in kept.items()})
 

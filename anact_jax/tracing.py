@@ -52,8 +52,7 @@ def traced(f: Activation, x: Array | np.ndarray) -> tuple[ExplicitActivation, Co
         TypeError: x or f(x) is not real floating point, or f closes over arrays and has a reverse rule alone.
         ValueError: f changes the shape.
     """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x must be floating point, got dtype {x.dtype}; cast it first")
+    check_floating(x)
     wide = wide_dtype(x.dtype)
 
     def in_wide_dtype(x: Array) -> Array:
@@ -82,6 +81,12 @@ def traced(f: Activation, x: Array | np.ndarray) -> tuple[ExplicitActivation, Co
         return y  # type: ignore[no-any-return]
 
     return g, tuple(closed.consts)
+
+
+def check_floating(x: Array | np.ndarray) -> None:
+    """Raises TypeError unless x is real floating point."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must be floating point, got dtype {x.dtype}; cast it first")
 
 
 def value_and_slope(f: Activation, x: Array) -> tuple[Array, Array]:

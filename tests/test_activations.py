@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from anact_jax import ACTIVATIONS, Standardized, activation_stats, gaussian_stats, nonlinearity, tempered
-from anact_jax.activations import activation, swish
 from anact_jax.linen import NSwish
 
 
@@ -129,15 +128,15 @@ def test_tempered_is_continuous_near_even_functions(limit):
 @pytest.mark.parametrize("name", ["relu", "swish", "softplus", "tanh", "elu"])
 @pytest.mark.parametrize("limit", [0.1, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (0.01, 0.7))])
 def test_falling_functions_are_tempered_as_rising(name, limit):
-    f = activation(name)
+    f = ACTIVATIONS[name]
     np.testing.assert_allclose(kappa(lambda x: -f(x), limit), -kappa(f, limit), rtol=1e-5)
 
 
 def test_tempered_starts_at_zero_beyond_the_limit():
     """A falling function just beyond the limit is hardly changed."""
-    nu = float(nonlinearity(swish))
-    assert kappa(lambda x: -swish(x), 1.001 * nu) == 0
-    assert -0.01 < kappa(lambda x: -swish(x), 0.999 * nu) < 0
+    nu = float(nonlinearity(jax.nn.swish))
+    assert kappa(lambda x: -jax.nn.swish(x), 1.001 * nu) == 0
+    assert -0.01 < kappa(lambda x: -jax.nn.swish(x), 0.999 * nu) < 0
 
 
 def test_tempered_slope_of_a_constant_is_finite():

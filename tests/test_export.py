@@ -1,7 +1,5 @@
-"""Networks trained for a few steps, exported, and compared with themselves in inference."""
+"""A layer as a function, and training steps exported for other machines, compared with the layer itself."""
 
-import functools
-import itertools
 import re
 
 import chex
@@ -9,160 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 import anact_jax.linen
 import anact_jax.nnx
-from anact_jax import FactorAndShift, Published, Standardized, gaussian_stats, normalize
-from anact_jax.export import as_function, fold
+from anact_jax import Published, Standardized, gaussian_stats
+from anact_jax.export import as_function
 
 IMAGES = 0.5 + 2 * jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
-LABELS = jnp.arange(16) % 4
-FORMS = {
-    "default": Standardized(),
-    "published": Published(),
-    "learned": Published(center=True, learned=True),
-    "tempered": Standardized(std=1.0, tempering=0.1),
-}
-
-conv = functools.partial(nn.Conv, kernel_size=(3, 3))
-CONVS = {
-    "same": conv(8),  # Flax's default, zeros at the border
-    "valid": conv(8, padding="VALID", use_bias=False),
-    "circular": conv(8, padding="CIRCULAR", strides=2),
-    "grouped": conv(8, padding="VALID", feature_group_count=2),
-    "depthwise": conv(12, padding=0, feature_group_count=6),
-    "pointwise": nn.Conv(8, (1, 1)),
-}
-
-
-class CNN(nn.Module):
-    """With `act`, trained; with the functions of `exported` in its place, the same layers and other constants."""
-
-    second: nn.Conv
-    act: nn.Module
-    exported: tuple = ()
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        for index, layer in enumerate(
-            (conv(6), self.second.copy(use_bias=self.second.use_bias or bool(self.exported)))
-        ):
-            x = layer.copy(name=f"conv_{index}")(x)
-            act = self.act.copy(name=f"act_{index}")
-            x = self.exported[index](x) if self.exported else act(x, use_running_average=not train)
-        x = nn.avg_pool(x, (2, 2), strides=(2, 2))
-        return nn.Dense(4, name="dense")(x.reshape(len(x), -1))
-
-
-def train(model, x, steps=4):
-    variables = jax.jit(model.init)(jax.random.key(1), x)
-    optimizer = optax.sgd(0.1, momentum=0.9)
-
-    @jax.jit
-    def step(variables, moments):
-        def loss(params):
-            logits, updates = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean(), updates
-
-        gradient, updates = jax.grad(loss, has_aux=True)(variables["params"])
-        change, moments = optimizer.update(gradient, moments)
-        return {"params": optax.apply_updates(variables["params"], change), **updates}, moments
-
-    moments = optimizer.init(variables["params"])
-    for _ in range(steps):
-        variables, moments = step(variables, moments)
-    return variables
-
-
-def bound(act, variables, name):
-    return act.bind({kind: collection[name] for kind, collection in variables.items() if name in collection})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "form"),
-    [
-        ("grouped", "default"),
-        ("same", "default"),
-        ("same", "published"),
-        ("valid", "learned"),
-        ("circular", "tempered"),
-        ("depthwise", "published"),
-        ("pointwise", "learned"),
-    ],
-)
-def test_cnn_with_factor_and_shift_folded_into_the_next_layer(kind, form, standard_promotion):
-    second = CONVS[kind]
-    model = CNN(second, anact_jax.linen.ANAct(jax.nn.gelu, form=FORMS[form]))
-    variables = train(model, IMAGES)
-    params, layers = variables["params"], [bound(model.act, variables, f"act_{index}") for index in range(2)]
-    first, last = (layer.normalization() for layer in layers)
-    f = model.act.activation
-    rest = FactorAndShift(1.0, 0.0)
-    if kind == "same" and np.any(first.shift):
-        with pytest.raises(ValueError, match=r"pads with zeros \(padding='SAME'\).*keep f\(x\) - shift"):
-            fold(first, **params["conv_1"], padding="SAME")
-        first, rest = first._replace(shift=jnp.zeros_like(first.shift)), rest._replace(shift=first.shift)
-
-    def folded(name, numbers, **options):
-        return dict(zip(("kernel", "bias"), fold(numbers, **params[name], **options), strict=True))
-
-    places = params["dense"]["kernel"].shape[0] // second.features
-    repeated = jax.tree.map(lambda value: jnp.tile(value, places) if value.ndim else value, last)
-    padding = second.padding
-    exported = {**params, "conv_1": folded("conv_1", first, padding=padding), "dense": folded("dense", repeated)}
-    plain = CNN(second, model.act, (lambda x: normalize(f, x, *over_channels(rest)), f))
-    expected = jax.jit(model.apply)(variables, IMAGES)
-    found = jax.jit(plain.apply)({"params": exported}, IMAGES)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert np.ptp(expected) > 0.1
-
-
-def over_channels(numbers):
-    return (jnp.expand_dims(value, (0, 1, 2)) if np.ndim(value) else value for value in numbers)
-
-
-class MLP(nnx.Module):
-    def __init__(self, form):
-        rngs, widths = nnx.Rngs(0), (8, 12, 12, 4)
-        self.dense = nnx.List([nnx.Linear(n, m, rngs=rngs) for n, m in itertools.pairwise(widths)])
-        self.act = nnx.List([anact_jax.nnx.NSwish(features=m, form=form) for m in widths[1:-1]])
-
-    def __call__(self, x):
-        for dense, act in zip(self.dense, self.act, strict=False):
-            x = act(dense(x))
-        return self.dense[-1](x)
-
-
-@pytest.mark.slow
-def test_mlp_of_nnx_with_factor_and_shift_folded_into_the_next_layer():
-    model, x = MLP(FORMS["learned"]), IMAGES[:, 0, :, 0]
-    optimizer = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
-    model.train()
-
-    @nnx.jit
-    def step(model, optimizer):
-        def loss(model):
-            return optax.softmax_cross_entropy_with_integer_labels(model(x), LABELS).mean()
-
-        optimizer.update(model, nnx.grad(loss)(model))
-
-    for _ in range(4):
-        step(model, optimizer)
-    assert model.act[0].alpha[...] != 0
-    model.eval()
-    expected = model(x)
-    for index, act in enumerate(model.act):
-        following = model.dense[index + 1]
-        kernel, bias = fold(act.normalization(), following.kernel[...], following.bias[...])
-        following.kernel[...], following.bias[...] = kernel, bias
-    functions = [act.activation for act in model.act]
-    for dense, f in zip(model.dense, functions, strict=False):
-        x = f(dense(x))
-    np.testing.assert_allclose(model.dense[-1](x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -209,43 +62,6 @@ def test_normalization_before_training_is_that_of_normal_input(form):
     chex.assert_trees_all_close(found, jax.tree.map(lambda value: jnp.full(shape, value), expected), rtol=1e-6)
     same = anact_jax.nnx.ANAct(jnp.tanh, 3, form=form)
     chex.assert_trees_all_equal(same.normalization(), found)
-
-
-def test_fold_keeps_the_kernel_s_dtype_and_takes_a_traced_factor():
-    numbers, kernel = FactorAndShift(jnp.float32(2.0), jnp.float32(0.5)), jnp.ones((3, 2), jnp.bfloat16)
-    folded = jax.jit(fold)(numbers, kernel)
-    chex.assert_trees_all_equal(folded, (2 * kernel, jnp.full(2, -3.0, jnp.bfloat16)))
-
-
-PER_CHANNEL = FactorAndShift(jnp.full(6, 2.0), jnp.full(6, 0.5))
-DENSE, WINDOW = jnp.ones((6, 4)), jnp.ones((3, 3, 6, 4))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((PER_CHANNEL, jnp.ones((24, 4))), r"shape \(6,\) do not fit a kernel of shape \(24, 4\).*jnp.tile"),
-        ((PER_CHANNEL, jnp.ones((3, 4))), r"shape \(6,\) do not fit"),
-        ((PER_CHANNEL, jnp.ones((1, 1, 2, 4))), r"shape \(6,\) do not fit"),  # three groups of 4 features
-        ((jax.tree.map(lambda value: value[None], PER_CHANNEL), DENSE), r"shape \(1, 6\) do not fit"),
-        ((PER_CHANNEL, WINDOW), r"does not say how it pads"),
-        ((PER_CHANNEL, WINDOW, None, "CAUSAL"), r"padding='CAUSAL'"),
-        ((PER_CHANNEL, WINDOW, None, 1), r"padding=1"),
-        ((PER_CHANNEL, WINDOW, None, [(0, 0), (0, 1)]), r"pads with zeros"),
-        ((PER_CHANNEL, WINDOW, None, "same"), r"unknown padding 'same'; expected numbers or one of SAME"),
-    ],
-)
-def test_what_cannot_be_folded_is_named(arguments, message):
-    numbers, kernel, *rest = arguments
-    bias, padding = rest or (None, None)
-    with pytest.raises(ValueError, match=message):
-        fold(numbers, kernel, bias, padding=padding)
-
-
-@pytest.mark.parametrize("padding", ["SAME", "CAUSAL", 2, [(0, 1), 0], None])
-def test_without_a_shift_padding_does_not_matter(padding):
-    kernel, bias = fold(PER_CHANNEL._replace(shift=jnp.zeros(6)), WINDOW, jnp.ones(4), padding=padding)
-    chex.assert_trees_all_equal((kernel, bias), (2 * WINDOW, jnp.ones(4)))
 
 
 def test_linen_layer_without_variables_says_how_to_bind():
@@ -350,26 +166,3 @@ def test_function_of_a_learned_activation_is_a_snapshot():
     variables = of_linen.init(jax.random.key(0), x)
     function = as_function(of_linen.bind(variables))
     np.testing.assert_allclose(function(x), of_linen.apply(variables, x), rtol=1e-5, atol=1e-6)
-
-
-def test_fold_follows_a_masked_convolution():
-    mask = jnp.tril(jnp.ones((3, 6, 4)))
-    layer = nn.Conv(4, (3,), mask=mask, padding="VALID")
-    x = jax.random.normal(jax.random.key(0), (2, 9, 6))
-    params = layer.init(jax.random.key(1), x)["params"]
-    normalized = PER_CHANNEL.factor[None, None] * (x - PER_CHANNEL.shift[None, None])
-    kernel, bias = fold(PER_CHANNEL, params["kernel"], params["bias"], padding="VALID", mask=mask)
-    folded = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
-    np.testing.assert_allclose(folded, layer.apply({"params": params}, normalized), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"mask of shape \(3, 6, 1\) is not that of a kernel of shape \(3, 6, 4\)"):
-        fold(PER_CHANNEL, params["kernel"], padding="VALID", mask=mask[..., :1])
-
-
-@pytest.mark.parametrize("input_dilation", [2, (1, 2)])
-def test_fold_refuses_a_shift_before_input_dilation(input_dilation):
-    kernel = jnp.ones((1, 1, 6, 4))
-    with pytest.raises(ValueError, match=r"dilates its input with zeros \(input_dilation="):
-        fold(PER_CHANNEL, kernel, padding="VALID", input_dilation=input_dilation)
-    found, _ = fold(PER_CHANNEL._replace(shift=jnp.zeros(6)), kernel, padding="VALID", input_dilation=input_dilation)
-    np.testing.assert_array_equal(found, 2 * kernel)
-    fold(PER_CHANNEL, kernel, padding="VALID", input_dilation=(1, 1))

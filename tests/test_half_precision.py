@@ -7,8 +7,7 @@ import numpy as np
 import oracles
 import pytest
 
-from anact_jax import Published, Standardized, anact, initial_stats
-from anact_jax.activations import activation
+from anact_jax import ACTIVATIONS, Published, Standardized, anact, initial_stats
 from anact_jax.linen import NSigmoid, NSwish
 
 DEFAULT = Standardized()
@@ -32,7 +31,7 @@ def batch(offsets, spreads, dtype):
 
 
 def stepped(name, x, form=DEFAULT):
-    f = activation(name)
+    f = ACTIVATIONS[name]
     running = initial_stats(f, form)
     return jax.jit(lambda x: anact(f, x, running, form))(x)
 

@@ -1,5 +1,7 @@
 import copy
+import dataclasses
 import functools
+import inspect
 import pickle
 
 import chex
@@ -563,3 +565,17 @@ def test_bridge_to_linen_keeps_statistics_in_batch_stats():
         variables = {**variables, **updates}
     assert set(variables["batch_stats"]["act"]) == set(Stats._fields)
     assert float(variables["batch_stats"]["act"]["count"].max()) == taken_in + 3
+
+
+def test_options_and_their_order_are_those_of_linen():
+    ours = {name: option.default for name, option in inspect.signature(ANAct.__init__).parameters.items()}
+    del ours["self"]
+    theirs = {field.name: field.default for field in dataclasses.fields(anact_jax.linen.ANAct)}
+    for name in ("parent", "name"):  # of any Linen module
+        del theirs[name]
+    assert set(ours) - set(theirs) == {"features", "frozen", "rngs"}
+    assert set(theirs) - set(ours) == {"collection"}
+    shared = [name for name in ours if name in theirs]
+    assert shared == [name for name in theirs if name in ours]
+    differing = [name for name in shared if name != "fn" and ours[name] != theirs[name]]
+    assert differing == ["use_running_average"]  # True or False in the call, of Linen; NNX layers train

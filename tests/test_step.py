@@ -240,7 +240,7 @@ def test_stop_gradient_decides_whether_the_factor_is_a_constant():
 
 
 def test_state_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"of shape \(5,\) do not fit axis -1 of x with shape \(64, 8\)"):
+    with pytest.raises(ValueError, match=r"running has statistics of shape \(5,\), but its input has \(8,\) features"):
         anact(jax.nn.swish, normal(), initial_stats(jax.nn.swish, shape=(5,)))
 
 

@@ -288,11 +288,11 @@ def _digits() -> Dataset:
     return _dataset(train, test, classes=10, pad=0, flip=False, largest=16)
 
 
-def _mnist1d() -> Dataset:
+def mnist1d(seed: int | None = None) -> Dataset:
     """15,000 signals of MNIST-1D (Greydanus and Kobak, arXiv 2011.14439) as images of 1x40 pixels; 3,000 are for tests.
 
-    As the authors' generator makes them from its own seed, at 28 gray levels a standard deviation. The set that they
-    published has 5,000.
+    As the authors' generator makes them from its own seed, or from another one, at 28 gray levels a standard deviation.
+    The set that they published has 5,000.
     """
     try:
         from mnist1d.data import get_dataset_args, make_dataset
@@ -302,6 +302,7 @@ def _mnist1d() -> Dataset:
         ) from error
     settings = get_dataset_args()
     settings.num_samples = 15_000
+    settings.seed = settings.seed if seed is None else seed
     before = np.random.get_state(), random.getstate()
     made = make_dataset(settings)
     np.random.set_state(before[0])  # the generator seeds what all share
@@ -313,7 +314,7 @@ def _mnist1d() -> Dataset:
     return _dataset(*parts, classes=10, pad=0, flip=False)
 
 
-WITHOUT_FILES: dict[str, Callable[[], Dataset]] = {"digits": _digits, "mnist1d": _mnist1d}
+WITHOUT_FILES: dict[str, Callable[[], Dataset]] = {"digits": _digits, "mnist1d": mnist1d}
 """Makers of the data sets that come with a package."""
 
 

@@ -122,7 +122,7 @@ def run_cells(cells: Iterable[Cell], results: Results, storage: Storage, network
     data, steps = _compiled(recipe, pending[0].variation, storage, network_of)
     outcomes = train_together(steps, data, pending)
     for cell, outcome in zip(pending, outcomes, strict=True):
-        results.add(cell, outcome | {"seconds": _rounded((time.perf_counter() - start) / len(pending))})
+        results.add(cell, outcome | {"seconds": rounded((time.perf_counter() - start) / len(pending))})
 
 
 class Splits(NamedTuple):
@@ -176,13 +176,13 @@ def train_together(steps: Steps, data: Splits, cells: list[Cell]) -> list[Outcom
 
 def _record(epoch: float, train_loss: float, loss: float, accuracy: float) -> Record:
     values = {"epoch": epoch, "train_loss": train_loss, "validation_loss": loss, "validation_accuracy": accuracy}
-    return {name: _rounded(value) for name, value in values.items()}
+    return {name: rounded(value) for name, value in values.items()}
 
 
 def _outcome(curve: list[Record], classes: int, diverged: bool, test_accuracy: float | None, on_test: bool) -> Outcome:
     guessing = 1 / classes
     validation = guessing if diverged else curve[-1]["validation_accuracy"]
-    test = None if not on_test or test_accuracy is None else _rounded(test_accuracy)
+    test = None if not on_test or test_accuracy is None else rounded(test_accuracy)
     return {
         "curve": curve,
         "validation_accuracy": validation,
@@ -191,6 +191,6 @@ def _outcome(curve: list[Record], classes: int, diverged: bool, test_accuracy: f
     }
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """Short in the file; an accuracy stays exact for up to 100,000 examples."""
     return float(f"{value:.6g}")
