@@ -218,11 +218,11 @@ def with_forms(steps: Steps, f: Activation, forms: Sequence[Standardized]) -> St
 
     def create(seeds: Any, rates: Any) -> TrainState:
         state = steps.create(seeds, rates)
-        stats = jax.tree.map_with_path(
-            lambda path, leaf: numbers.get(path[-1].key, leaf),
-            state.batch_stats,
-        )
-        return state._replace(batch_stats=stats)
+
+        def number(path: Any, leaf: Array) -> Array:
+            return jnp.copy(numbers[path[-1].key]) if path[-1].key in numbers else leaf  # each step consumes its own
+
+        return state._replace(batch_stats=jax.tree.map_with_path(number, state.batch_stats))
 
     return steps._replace(create=create)
 
