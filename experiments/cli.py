@@ -1,23 +1,18 @@
 """What the programs share at the command line. Each imports it first: from then on Ctrl-C ends it with one line."""
 
-import ast
 import contextlib
 import dataclasses
-import inspect
-import itertools
 import os
 import signal
 import sys
-import textwrap
 import threading
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import OmitArgPrefixes
 
 Settings = TypeVar("Settings")
 
@@ -125,9 +120,23 @@ def table_row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def settings_of(kind: type[Settings]) -> Settings:
-    """The settings at the command line."""
-    return at_home(tyro.cli(kind))
+def settings_of(
+    kind: type[Settings],
+    default: Settings | None = None,
+    arguments: Sequence[str] | None = None,
+    description: str | None = None,
+) -> Settings:
+    """The settings at the command line, where each has a flag of its own name whatever part of them it is in.
+
+    Args:
+        kind: a dataclass, whose fields may be dataclasses.
+        default: those not given, by default `kind()`.
+        arguments: by default those of the process.
+        description: at the top of the help, by default the docstring.
+    """
+    if default is None:
+        return at_home(tyro.cli(kind, args=arguments, description=description, config=(OmitArgPrefixes,)))
+    return at_home(tyro.cli(kind, default=default, args=arguments, description=description, config=(OmitArgPrefixes,)))
 
 
 def with_home(path: Path) -> Path:
@@ -141,47 +150,8 @@ def at_home(settings: Settings) -> Settings:
     def expanded(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(expanded, value))
+        if dataclasses.is_dataclass(value):
+            return at_home(value)
         return with_home(value) if isinstance(value, Path) else value
 
     return dataclasses.replace(settings, **{name: expanded(value) for name, value in vars(settings).items()})  # type: ignore[type-var]
-
-
-def by_group(
-    default: Settings, groups: Mapping[str, Sequence[str]], arguments: Sequence[str], description: str
-) -> Settings:
-    """The settings at the command line, of which each group stands apart in the help.
-
-    Args:
-        default: those not given; a dataclass, each of whose fields is in one group.
-        groups: title -> fields, in the order of the help.
-        arguments: of the command line.
-        description: at the top of the help.
-    """
-    kind: Any = type(default)
-    types, help_of = typing.get_type_hints(kind, include_extras=True), _documented(kind)
-
-    def made(title: str, fields: Sequence[tuple[str, Any, Any]]) -> Any:
-        return dataclasses.make_dataclass(title, fields, frozen=True, namespace={"__doc__": ""})
-
-    def part(title: str) -> Any:
-        kinds = {name: Annotated[types[name], arg(help=help_of.get(name))] for name in groups[title]}
-        return made(title, [(name, kind, getattr(default, name)) for name, kind in kinds.items()])
-
-    parts = {title: part(title) for title in groups}
-    whole: Any = made("settings", [(title, kind, kind()) for title, kind in parts.items()])
-    found: Any = tyro.cli(whole, args=arguments, description=description, config=(OmitArgPrefixes,))
-    settings: Settings = kind(
-        **{name: value for title in groups for name, value in vars(getattr(found, title)).items()}
-    )
-    return at_home(settings)
-
-
-def _documented(kind: type) -> dict[str, str]:
-    """The fields of a dataclass and of those that it is made of -> the text under each."""
-    found = {}
-    for part in reversed(kind.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
-        for field, text in itertools.pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[ast.unparse(field.target)] = str(text.value.value)
-    return found

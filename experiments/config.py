@@ -1,4 +1,4 @@
-"""Settings: what decides a training result (`Recipe`), where it runs and what it keeps (`Run`), and their checks."""
+"""Settings: what decides a result (`Recipe`), where it runs and what it keeps (`Run`, `Storage`), and their checks."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from tyro.conf import arg
 
@@ -14,60 +14,42 @@ from anact_jax import ACTIVATIONS, Form, Published, Standardized
 from experiments.cli import at_home
 from experiments.data import DATASETS, Augmentation, Dataset, load, with_subset
 from experiments.forms import WORDS, form_named, label_of
-from experiments.networks import INITS, MODELS, NORMS, STEMS, ActivationName, check_name
+from experiments.networks import ActivationName, Init, ModelName, NormName, Stem, check_name
 
-Kind = TypeVar("Kind", bound="Settings")
-OPTIMIZERS = ("sgd", "adam")
+Kind = TypeVar("Kind")
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
 SETTINGS = "config.json"  # file in a run's folder
-DTYPES = ("float32", "bfloat16")
 LAST_WITH_CLOSED_FORM = "e6f5b91"
 """The commit at which factors can follow from the parameters of batch normalization."""
-_BEFORE_ADDED: Mapping[str, Any] = MappingProxyType(
+LAST_WITH_ALL_SETTINGS = "a55a799"
+"""The commit at which the settings of `_GONE` can be other than here."""
+_GONE: Mapping[str, Any] = MappingProxyType({"norm_momentum": 0.9, "group_size": 8, "memory_gib": 4.0, "keep": 3})
+"""Settings of saved runs and cells that are no settings any more, with what they are."""
+_ADDED: Mapping[str, Any] = MappingProxyType(
     {"dtype": "float32", "nesterov": False, "label_smoothing": 0.0, "mixup": 0.0, "clip_norm": None, "ema": 0.0}
 )
-
-
-def _one_of(*names: str) -> str:
-    return "one of " + ", ".join(names)
+"""Settings that the first saved cells do not name, with what they were."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What all settings have in common; each kind checks its own, after those that it is made of."""
-
-    def check(self) -> None:
-        """Raises ValueError, in one line, at the first setting that cannot be."""
-
-    @classmethod
-    def part_of(cls: type[Kind], settings: "Settings", **others: Any) -> Kind:
-        """With what other settings have in common with these, and others."""
-        names = [field.name for field in dataclasses.fields(cls) if hasattr(settings, field.name)]
-        return cls(**{name: getattr(settings, name) for name in names} | others)
-
-
-@dataclasses.dataclass(frozen=True)
-class Storage(Settings):
+class Storage:
     """Where data sets are, and how they are read."""
 
     data_dir: Path | None = None
     """folder of tensorflow-datasets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets"""
-    memory_gib: float = 4.0
-    """size up to which decoded images are kept in memory; larger data sets are decoded as they are needed"""
     workers: int = 4
-    """processes that decode then"""
+    """processes that decode images of a data set that does not fit in memory"""
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        super().check()
-        for name in ("workers", "memory_gib"):
-            check_at_least(0, name, getattr(self, name))
+        check_at_least(0, "workers", self.workers)
 
 
 @dataclasses.dataclass(frozen=True)
-class Data(Settings):
+class Data:
     """What is trained on."""
 
-    dataset: Annotated[str, arg(help=_one_of(*DATASETS))] = "digits"
+    dataset: Annotated[str, arg(help="one of " + ", ".join(DATASETS))] = "digits"
     train_images: int | None = None
     """number of training images, by default all"""
     validation_images: int = 0
@@ -83,7 +65,6 @@ class Data(Settings):
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        super().check()
         check_name("dataset", self.dataset, DATASETS)
         check_at_least(1, "pool", self.pool)
         for name in ("cutout", "validation_images"):
@@ -96,7 +77,7 @@ class Data(Settings):
             DataError: it cannot be read.
             ValueError: it is too small for these settings.
         """
-        dataset = load(self.dataset, storage.data_dir, round(storage.memory_gib * 2**30))
+        dataset = load(self.dataset, storage.data_dir)
         if self.train_images is not None or self.validation_images or self.half is not None or self.pool > 1:
             dataset = with_subset(
                 dataset,
@@ -117,41 +98,29 @@ class Data(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts(Settings):
+class Parts:
     """How the parts of a network are made, whatever the network and its activation."""
 
-    init: Annotated[
-        str, arg(help=f"{_one_of(*INITS)}: variance of a kernel's weights, 1/fan_in or 2/fan_in; normalized: lecun")
-    ] = "lecun"
-    stem: Annotated[
-        str, arg(help=f"first layers, {_one_of(*STEMS)}: a 3x3 convolution, or 7x7 of stride 2 and pooling")
-    ] = "small"
-    norm_momentum: float = 0.9
-    """weight of the past in the running statistics of batch normalization, 0 to 1"""
-    group_size: int = 8
-    """channels in a group of group normalization"""
+    init: Init = "lecun"
+    """variance of a kernel's weights, 1/fan_in (lecun, for normalized activations) or 2/fan_in (he)"""
+    stem: Stem = "small"
+    """first layers: a 3x3 convolution (small), or 7x7 of stride 2 and pooling (imagenet)"""
     activation_momentum: float = 0.9
     """weight of the past in the running statistics of activations, 0 to 1"""
-    dtype: Annotated[
-        str, arg(help=f"in which layers compute, {_one_of(*DTYPES)}; parameters, statistics and loss are float32")
-    ] = "float32"
+    dtype: Dtype = "float32"
+    """in which layers compute; parameters, statistics and loss are float32"""
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        super().check()
-        check_name("init", self.init, INITS)
-        check_name("stem", self.stem, STEMS)
-        check_name("dtype", self.dtype, DTYPES)
-        check_at_least(1, "group_size", self.group_size)
-        for name in ("norm_momentum", "activation_momentum"):
-            check_fraction(name, getattr(self, name))
+        check_fraction("activation_momentum", self.activation_momentum)
 
 
 @dataclasses.dataclass(frozen=True)
-class FormSettings(Settings):
+class FormSettings:
     """What a normalized activation is."""
 
-    form: Annotated[str, arg(help=f"of normalized activations, {_one_of(*WORDS)}")] = "default"
+    form: Literal["default", "published"] = "default"
+    """of normalized activations"""
     std: float = Standardized.std
     """deviation of the output, in the default form"""
     center: bool | None = None
@@ -167,18 +136,16 @@ class FormSettings(Settings):
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        super().check()
-        check_name("form", self.form, WORDS)
         for field in dataclasses.fields(FormSettings)[1:]:
             forms = [word for word, form in WORDS.items() if field.name in _options_of(form)]
             if self.form not in forms and getattr(self, field.name) != field.default:
                 raise ValueError(
                     f"{field.name} belongs to form {forms[0]}, not to {self.form}; leave it out, or at {field.default}"
                 )
-        self.chosen_form  # noqa: B018 (it checks itself)
+        self.chosen  # noqa: B018 (it checks itself)
 
     @property
-    def chosen_form(self) -> Form:
+    def chosen(self) -> Form:
         """The form.
 
         Raises:
@@ -188,59 +155,56 @@ class FormSettings(Settings):
         options = {name: getattr(self, name) for name in _options_of(usual)}
         return dataclasses.replace(usual, **options | ({} if self.center is not None else {"center": usual.center}))
 
+    @classmethod
+    def of(cls, form: Form) -> "FormSettings":
+        """The settings that say this form."""
+        return cls("published" if isinstance(form, Published) else "default", **_options_of(form))
 
-FORM_SETTINGS = frozenset(field.name for field in dataclasses.fields(FormSettings))
 
-
-def form_settings(form: Form) -> dict[str, Any]:
-    """The settings of `FormSettings` that say this form."""
-    return {"form": "published" if isinstance(form, Published) else "default"} | _options_of(form)
+_FORM_SETTINGS = frozenset(field.name for field in dataclasses.fields(FormSettings))
 
 
 def _options_of(form: Form) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(form).items() if name in FORM_SETTINGS}
+    return {name: value for name, value in dataclasses.asdict(form).items() if name in _FORM_SETTINGS}
 
 
 @dataclasses.dataclass(frozen=True)
-class Network(FormSettings, Parts):
+class Network:
     """What is trained."""
 
-    model: Annotated[str, arg(help=_one_of(*MODELS))] = "resnet20"
-    activation: Annotated[str, arg(help=f"{_one_of(*ACTIVATIONS)}; with n before it, as in nswish, normalized")] = (
-        "nswish"
-    )
-    norm: Annotated[str, arg(help=f"normalization layer: {_one_of(*NORMS)}")] = "batch"
+    model: ModelName = "resnet20"
+    """the network"""
+    activation: Annotated[str, arg(help=f"one of {', '.join(ACTIVATIONS)}; with n before it, normalized")] = "nswish"
+    norm: NormName = "batch"
+    """normalization layer"""
+    form: FormSettings = FormSettings()
+    parts: Parts = Parts()
 
     @property
-    def unheeded(self) -> frozenset[str]:
-        """Settings that have no effect with this activation and normalization layer."""
+    def without_effect(self) -> frozenset[str]:
+        """Settings that have no effect with this activation."""
         normalized = ActivationName.parse(self.activation).normalized
-        heeded = {
-            **dict.fromkeys(FORM_SETTINGS, normalized),
-            "activation_momentum": normalized,
-            "norm_momentum": self.norm == "batch",
-            "group_size": self.norm == "group",
-        }
-        return frozenset(name for name, has_effect in heeded.items() if not has_effect)
+        return frozenset() if normalized else _FORM_SETTINGS | {"activation_momentum"}
 
     @property
     def label(self) -> str | None:
         """The label of its form, as results have it; None where it has no effect."""
-        return None if "form" in self.unheeded else label_of(self.chosen_form)
+        return None if "form" in self.without_effect else label_of(self.form.chosen)
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        super().check()
-        check_name("model", self.model, MODELS)
-        check_name("norm", self.norm, NORMS)
-        for field in dataclasses.fields(Network):
-            if field.name in self.unheeded and getattr(self, field.name) != field.default:
-                sort = f"activation {self.activation!r} and norm {self.norm!r}"
-                raise ValueError(f"{field.name} has no effect with {sort}; leave it out, or at {field.default!r}")
+        self.form.check()
+        self.parts.check()
+        given, usual = flat(self), flat(Network())
+        for name in sorted(self.without_effect):
+            if given[name] != usual[name]:
+                raise ValueError(
+                    f"{name} has no effect with activation {self.activation!r}; leave it out, or at {usual[name]!r}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
-class Training(Settings):
+class Training:
     """How it is trained, at any learning rate."""
 
     epochs: int = 15
@@ -249,7 +213,8 @@ class Training(Settings):
     """examples in a step, over all devices"""
     warmup_epochs: float = 1.0
     """epochs during which the learning rate rises; at most half of them count"""
-    optimizer: Annotated[str, arg(help=_one_of(*OPTIMIZERS))] = "sgd"
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """the optimizer"""
     momentum: float = 0.9
     """weight of the past in the gradient's average, 0 to 1"""
     nesterov: bool = False
@@ -267,8 +232,6 @@ class Training(Settings):
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        super().check()
-        check_name("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("epochs", "batch_size"):
             check_at_least(1, name, getattr(self, name))
         for name in ("warmup_epochs", "weight_decay", "mixup"):
@@ -289,9 +252,12 @@ class Training(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe(Training, Network, Data):
+class Recipe:
     """All that decides a result. The same recipe gives the same numbers on the same machine."""
 
+    data: Data = Data()
+    network: Network = Network()
+    training: Training = Training()
     learning_rate: float = 0.05
     """peak learning rate; it rises linearly, then falls to 0 along a cosine"""
     seed: int = 0
@@ -299,30 +265,30 @@ class Recipe(Training, Network, Data):
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        super().check()
+        self.data.check()
+        self.network.check()
+        self.training.check()
         check_positive("learning_rate", self.learning_rate)
         check_at_least(0, "seed", self.seed)
         if self.seed >= 2**31:
             raise ValueError(f"seed must be less than 2**31, got {self.seed}")
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def key(self) -> dict[str, Any]:
         """Its settings by name, as results and checkpoints hold them: the form is a label."""
-        names = [field.name for field in dataclasses.fields(Recipe) if field.name not in FORM_SETTINGS]
-        settings = {name: getattr(self, name) for name in names}
-        return settings | {"activation": str(ActivationName.parse(self.activation)), "form": self.label}
+        settings = {name: value for name, value in flat(self).items() if name not in _FORM_SETTINGS}
+        name = str(ActivationName.parse(self.network.activation))
+        return settings | {"activation": name, "form": self.network.label}
 
 
 @dataclasses.dataclass(frozen=True)
-class Run(Storage):
+class Run:
     """Where a recipe is run, and what is kept of it."""
 
     workdir: Path | None = None
     """folder for results, by default a new one under runs/; where it holds this run, interrupted, the run goes on"""
     save_every_steps: int = 0
     """steps between checkpoints; 0 saves after each epoch only"""
-    keep: int = 3
-    """how many of the latest checkpoints are kept, beside the one with the best test accuracy"""
     skip_bad_steps: bool = False
     """leave a step out whose loss or gradient is not finite, instead of stopping"""
     fresh_statistics: bool = False
@@ -338,9 +304,7 @@ class Run(Storage):
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        super().check()
         check_at_least(0, "save_every_steps", self.save_every_steps)
-        check_at_least(1, "keep", self.keep)
         if not 0 <= self.process < self.processes:
             raise ValueError(f"process must lie between 0 and processes - 1 ({self.processes - 1}), got {self.process}")
         if self.processes > 1 and not (self.coordinator and self.workdir):
@@ -348,30 +312,46 @@ class Run(Storage):
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment(Run, Recipe):
+class Experiment:
     """Trains a residual network and reports its test accuracy.
 
     The same configuration and seed give the same numbers on the same machine.
     """
 
+    recipe: Recipe = Recipe()
+    run: Run = Run()
+    storage: Storage = Storage()
+
+    def check(self) -> None:
+        """Raises ValueError, in one line, at the first setting that cannot be."""
+        self.recipe.check()
+        self.run.check()
+        self.storage.check()
+
     def load_data(self) -> Dataset:
         """See `Data.load`; ValueError too where the training data do not fill a batch."""
-        dataset = self.load(self)
-        self.check_batch(dataset)
+        dataset = self.recipe.data.load(self.storage)
+        self.recipe.training.check_batch(dataset)
         return dataset
 
     def to_json(self) -> str:
         """All settings, readable."""
-        settings = dataclasses.asdict(self) | {"activation": str(ActivationName.parse(self.activation))}
-        settings["data_dir"] = self.data_dir and self.data_dir.absolute()  # to be read from any folder
+        data_dir = self.storage.data_dir and self.storage.data_dir.absolute()  # to be read from any folder
+        name = str(ActivationName.parse(self.recipe.network.activation))
+        settings = dataclasses.asdict(changed(self, activation=name, data_dir=data_dir))
         return json.dumps(settings, indent=2, default=str) + "\n"
 
     def check_same_run(self, saved: Mapping[str, Any], where: Path) -> None:
-        """Raises ValueError, naming the settings that differ, unless a run with these saved settings can go on."""
-        before, now = with_added(saved, where), self.recipe
-        if before.get("form") in tuple(WORDS):  # as `to_json` has it
-            before["form"] = Network(**_fields(Network, before)).label
-        free = ("activation", "form") if self.fresh_statistics else ()
+        """Raises ValueError, naming the settings that differ, unless a run with these saved settings can go on.
+
+        Args:
+            saved: the settings by name, those of the form as settings or as a label.
+            where: they were saved.
+        """
+        before, now = as_today(saved, where), self.recipe.key
+        if "std" in before:  # settings of a run, not the key of a recipe
+            before["form"] = built(Network, before).label
+        free = ("activation", "form") if self.run.fresh_statistics else ()
         differing = [
             f"{name} {before.get(name)!r}, now {value!r}"
             for name, value in now.items()
@@ -384,36 +364,78 @@ class Experiment(Run, Recipe):
             )
 
 
-def with_added(saved: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Saved settings, and what those were that did not exist when they were saved.
+def flat(settings: Any) -> dict[str, Any]:
+    """Settings by name: those of the parts, each of which has a name of its own, are taken out of them."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        found |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return found
+
+
+def changed(settings: Kind, **values: Any) -> Kind:
+    """The same settings with some of them changed, each by its name, in whatever part it is.
 
     Raises:
-        ValueError: their factors followed from the parameters of batch normalization, which nothing does today.
+        TypeError: there is no such setting.
     """
-    settings = {**_BEFORE_ADDED, **saved}
+    unknown = values.keys() - flat(settings).keys()
+    if unknown:
+        raise TypeError(f"no such settings: {', '.join(sorted(unknown))}")
+    parts: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            parts[field.name] = changed(value, **{name: values[name] for name in values.keys() & flat(value).keys()})
+        elif field.name in values:
+            parts[field.name] = values[field.name]
+    return dataclasses.replace(settings, **parts)  # type: ignore[type-var]
+
+
+def as_today(saved: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Saved settings by name, as they are called today: of runs of any age, and of the cells of studies.
+
+    Raises:
+        ValueError: they include one that is no setting any more, at another value than it has now.
+    """
+    settings = {**_ADDED, **_without_parts(saved)}
     if settings.pop("behind", None) == "closed":
         raise ValueError(
             f"{where} took its factors from the parameters of batch normalization (behind 'closed'); "
             f"commit {LAST_WITH_CLOSED_FORM} is the last that reads it"
         )
+    for name, value in _GONE.items():
+        if settings.pop(name, value) != value:
+            raise ValueError(
+                f"{where} has {name} {saved[name]!r}, which is {value!r} today; commit {LAST_WITH_ALL_SETTINGS} is the "
+                "last that reads it"
+            )
     return settings
 
 
+def _without_parts(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a nested object by name; `form`, which is a part and one of its settings, stays the setting."""
+    found: dict[str, Any] = {}
+    for name, value in saved.items():
+        found |= _without_parts(value) if isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that a run wrote, in its folder or in a file.
+    """The settings by name that a run wrote, in its folder or in a file.
 
     Raises:
         OSError: there are none.
-        ValueError: they are damaged.
+        ValueError: they are damaged, or of a run that nothing reads today.
     """
-    path = path / SETTINGS if path.is_dir() else path
+    where, path = path, path / SETTINGS if path.is_dir() else path
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
             raise ValueError("not an object")
     except ValueError as error:
         raise ValueError(f"{path} does not hold settings as a run writes them") from error
-    return found
+    return as_today(found, where)
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -422,16 +444,16 @@ def read_experiment(path: Path) -> Experiment:
     Raises:
         ValueError: they are not settings of this program, or one is not what it has to be.
     """
-    settings = with_added(read_settings(path), path)
-    unknown = settings.keys() - {field.name for field in dataclasses.fields(Experiment)}
+    settings = read_settings(path)
+    unknown = settings.keys() - flat(Experiment()).keys()
     if unknown:
         raise ValueError(f"{path} has settings that this program does not know: {', '.join(sorted(unknown))}")
     try:
         if settings.get("form") is None:  # it has no effect
             settings.pop("form", None)
         elif isinstance(settings["form"], str) and settings["form"] not in WORDS:  # a label, as settings held it before
-            settings |= form_settings(form_named(settings["form"]))
-        return at_home(Experiment(**_fields(Experiment, settings)))
+            settings |= dataclasses.asdict(FormSettings.of(form_named(settings["form"])))
+        return at_home(built(Experiment, settings))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -446,14 +468,31 @@ _EXPECTED = {
 }
 
 
-def _fields(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of settings as JSON has them, those that a dataclass has; ValueError, naming it, where one is of another kind."""
-    kinds = typing.get_type_hints(kind)
-    return {name: _from_json(name, settings[name], kinds[name]) for name in settings.keys() & kinds.keys()}
+def built(kind: type[Kind], settings: Mapping[str, Any]) -> Kind:
+    """An object of this kind with those of the settings that it has, which are as JSON has them.
+
+    Raises:
+        ValueError: one is of another kind; the message names it.
+    """
+    usual = kind()
+    types: dict[str, Any] = _types(kind)
+    values = {name: _from_json(name, settings[name], types[name]) for name in settings.keys() & flat(usual).keys()}
+    return changed(usual, **values)
+
+
+def _types(kind: Any) -> dict[str, Any]:
+    """The type of each setting, by name."""
+    found: dict[str, Any] = {}
+    for name, part in typing.get_type_hints(kind).items():
+        found |= _types(part) if dataclasses.is_dataclass(part) else {name: part}
+    return found
 
 
 def _from_json(name: str, value: Any, kind: Any) -> Any:
     """A setting of this kind, which may be a union; ValueError, naming it, where the value is of another."""
+    if typing.get_origin(kind) is Literal:
+        check_name(name, value, typing.get_args(kind))
+        return value
     kinds = typing.get_args(kind) or (kind,)
     if type(value) in kinds:
         return value

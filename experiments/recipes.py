@@ -1,9 +1,8 @@
 """Recipes by name, with what to expect of them: `python experiments/train_resnet.py --recipe NAME`."""
 
-import dataclasses
 from typing import NamedTuple
 
-from experiments.config import Experiment
+from experiments.config import Experiment, changed
 
 
 class Known(NamedTuple):
@@ -25,7 +24,8 @@ class Known(NamedTuple):
         return f"expect {self.score}; {self.hardware}, {self.time}"
 
 
-_CIFAR100 = Experiment(
+_CIFAR100 = changed(
+    Experiment(),
     dataset="cifar100",
     model="resnet18",
     form="published",
@@ -43,13 +43,14 @@ _NOT_MEASURED = "estimated 0.1 to 0.5 hours on an H100; time and score not measu
 
 RECIPES = {
     "digits": Known(
-        Experiment(model="resnet32", norm="none", epochs=6, compare=True),
+        changed(Experiment(), model="resnet32", norm="none", epochs=6, compare=True),
         score="measured: 0.983, 0.975, 0.978 with NSwish, 0.111, 0.286, 0.100 with plain Swish (seeds 0, 1, 2)",
         hardware="two CPU cores",
         time="three quarters of a minute for both, with compilation",
     ),
     "fashion_mnist": Known(
-        Experiment(
+        changed(
+            Experiment(),
             dataset="fashion_mnist",
             train_images=10_000,
             pool=2,
@@ -69,19 +70,19 @@ RECIPES = {
         time=_NOT_MEASURED,
     ),
     "resnet50_cifar100": Known(
-        dataclasses.replace(_CIFAR100, model="resnet50"),
+        changed(_CIFAR100, model="resnet50"),
         score=f"{_ABSTRACT.format('more than 1.2')}; {_ANOTHER.format(0.774)}",
         hardware=_GPU,
         time=_NOT_MEASURED,
     ),
     "vgg16_cifar100": Known(
-        dataclasses.replace(_CIFAR100, model="vgg16"),
+        changed(_CIFAR100, model="vgg16"),
         score=f"{_ABSTRACT.format('more than 1.2')}; {_ANOTHER.format(0.729)} (with three dense layers)",
         hardware=_GPU,
         time=_NOT_MEASURED,
     ),
     "resnet50_tiny_imagenet": Known(
-        dataclasses.replace(_CIFAR100, dataset="tiny_imagenet", model="resnet50", stem="imagenet", epochs=100),
+        changed(_CIFAR100, dataset="tiny_imagenet", model="resnet50", stem="imagenet", epochs=100),
         score=f"{_ABSTRACT.format('1.4')}; BatchNorm and ReLU 0.692 to 0.694 (github.com/cs-giung/giung2-jax)",
         hardware=_GPU,
         time=_NOT_MEASURED,

@@ -2,16 +2,14 @@
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import inspect
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, by_group, fail, run_program, say, with_home
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, PREEMPTED, fail, run_program, say, settings_of, with_home
 
 # isort: split
 
@@ -19,13 +17,13 @@ import flax.linen as nn
 import jax
 
 from anact_jax.plots import draw
-from experiments.config import SETTINGS, Data, Experiment, Network, Recipe, read_experiment, read_settings
+from experiments.config import SETTINGS, Experiment, Network, changed, flat, read_experiment, read_settings
 from experiments.data import DataError, Dataset, first_examples, training_batches
 from experiments.data.sets import one_line
 from experiments.folders import check_writable_name
 from experiments.networks import ActivationName, check_name
-from experiments.networks.build import check_devices, make_network
 from experiments.recipes import RECIPES
+from experiments.training.build import check_devices, make_network
 from experiments.training.checkpoints import CheckpointError, Checkpoints, silence_orbax
 from experiments.training.comparison import draw_comparison
 from experiments.training.gains import gains_of, worst_gains
@@ -35,10 +33,6 @@ from experiments.training.processes import StopSignal, connect, only_process_in
 from experiments.training.steps import make_steps
 
 GAIN_IMAGES = 256  # test images, at most, on which gains are measured
-_MAIN = (
-    "dataset", "model", "activation", "form", "norm", "epochs", "batch_size", "learning_rate", "seed",
-    "workdir", "compare",
-)  # fmt: skip
 
 
 def main() -> int:
@@ -49,7 +43,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
     with StopSignal() as stop:
-        return run_both(config, stop) if config.compare else run(config, stop)
+        return run_both(config, stop) if config.run.compare else run(config, stop)
 
 
 def run_both(config: Experiment, stop: StopSignal) -> int:
@@ -59,9 +53,9 @@ def run_both(config: Experiment, stop: StopSignal) -> int:
     """
     try:
         config.check()
-        if not ActivationName.parse(config.activation).normalized:
+        if not ActivationName.parse(activation_of(config)).normalized:
             return run(config, stop)
-        config = dataclasses.replace(config, workdir=find_workdir(config))
+        config = changed(config, workdir=find_workdir(config))
     except (ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
     plain = plain_one(config)
@@ -73,13 +67,11 @@ def run_both(config: Experiment, stop: StopSignal) -> int:
 
 def plain_one(config: Experiment) -> Experiment:
     """The same with the plain activation; what has no effect then as if it was not set."""
-    assert config.workdir is not None
-    base = ActivationName.parse(config.activation).base
-    plain = dataclasses.replace(config, activation=base, workdir=config.workdir / "plain")
-    usual: dict[str, Any] = {
-        field.name: field.default for field in dataclasses.fields(Network) if field.name in plain.unheeded
-    }
-    return dataclasses.replace(plain, **usual)
+    assert config.run.workdir is not None
+    base = ActivationName.parse(activation_of(config)).base
+    plain = changed(config, activation=base, workdir=config.run.workdir / "plain")
+    usual = flat(Network())
+    return changed(plain, **{name: usual[name] for name in plain.recipe.network.without_effect})
 
 
 def run(
@@ -97,12 +89,12 @@ def run(
         try:
             config.check()
             workdir = find_workdir(config)
-            config = dataclasses.replace(config, workdir=workdir)
+            config = changed(config, workdir=workdir)
             connect(config)
             dataset = config.load_data()
-            check_devices(config.batch_size)
-            model = make_network(config, dataset)
-            if config.process == 0:
+            check_devices(config.recipe.training.batch_size)
+            model = make_network(config.recipe.network, dataset)
+            if config.run.process == 0:
                 held.enter_context(only_process_in(workdir))
                 prepare_workdir(find_workdir(config), config)  # the process before may have left another run there
         except (DataError, ValueError, OSError) as error:
@@ -120,11 +112,11 @@ def _train(
     beside: Experiment | None,
 ) -> int:
     """What `run` does once the folder is its own."""
-    workdir = config.workdir
+    workdir = config.run.workdir
     assert workdir is not None
     try:
         with Checkpoints(workdir, config) as checkpoints:
-            steps = make_steps(model, config, dataset)
+            steps = make_steps(model, config.recipe.training, dataset)
             gains = gains_of(model, first_examples(dataset, GAIN_IMAGES).images)
             try:
                 start = checkpoints.restore(first_state(steps, config), say)
@@ -133,11 +125,11 @@ def _train(
             if start is not None:
                 say(f"going on from step {start.step} in {workdir}")
             if part_of is not None:
-                say(f"first with plain {config.activation}, for comparison; --no-compare leaves this out")
+                say(f"first with plain {activation_of(config)}, for comparison; --no-compare leaves this out")
             devices = jax.devices()
             say(f"training on {len(devices)} x {devices[0].device_kind}; the first step is compiled before it is taken")
             records = start.records if start else ()
-            with MetricsLog(workdir, records) if config.process == 0 else contextlib.nullcontext(Unheard()) as log:
+            with MetricsLog(workdir, records) if config.run.process == 0 else contextlib.nullcontext(Unheard()) as log:
                 state, accuracy = train(
                     steps, dataset, config, log, start=start, checkpoints=checkpoints, stop=stop, gains=gains
                 )
@@ -146,19 +138,19 @@ def _train(
         status = fail(f"{error}; {where}; what was measured is in {workdir}", FAILED)
     except (CheckpointError, DataError, OSError, jax.errors.JaxRuntimeError) as error:
         message = str(error) if isinstance(error, CheckpointError | DataError) else one_line(error)
-        hint = "is another process gone? Start all again, with the same commands; " if config.processes > 1 else ""
+        hint = "is another process gone? Start all again, with the same commands; " if config.run.processes > 1 else ""
         status = fail(f"{message}; {hint}what was measured is in {workdir}", FAILED)
-        if config.processes > 1:
+        if config.run.processes > 1:
             sys.stderr.flush()
             os._exit(status)  # the way out of Python waits for the others
     except PreemptedError:
-        whole = part_of.workdir if part_of else workdir
+        whole = part_of.run.workdir if part_of else workdir
         status = fail(f"asked to stop; saved, the same command with --workdir {whole} goes on", PREEMPTED)
     except KeyboardInterrupt:
         status = fail(f"interrupted; what was measured is in {workdir}", INTERRUPTED)
     else:
         status = 0
-    if config.process > 0:
+    if config.run.process > 0:
         return status
     try:
         draw_learning_curves(workdir)
@@ -170,7 +162,7 @@ def _train(
             if beside is not None:
                 picture = workdir / "comparison.png"
                 draw_comparison((beside, config), dataset, picture)
-                accuracies = f"{beside.activation}: {accuracy_of(beside)}, {config.activation}: {accuracy:.4f}"
+                accuracies = f"{activation_of(beside)}: {accuracy_of(beside)}, {activation_of(config)}: {accuracy:.4f}"
                 print(f"{accuracies}; both: {picture}")
             if part_of is None:
                 print(f"test_accuracy={accuracy:.4f} workdir={workdir}")
@@ -179,10 +171,15 @@ def _train(
     return status
 
 
-def accuracy_of(run: Experiment) -> str:
+def activation_of(config: Experiment) -> str:
+    """Its activation, as messages and folders name it."""
+    return config.recipe.network.activation
+
+
+def accuracy_of(config: Experiment) -> str:
     """The last test accuracy of a run that has ended, as its log has it."""
-    assert run.workdir is not None
-    measured = read_evaluations(run.workdir)
+    assert config.run.workdir is not None
+    measured = read_evaluations(config.run.workdir)
     return f"{measured[-1]['test_accuracy']:.4f}" if measured else "diverged in the first epoch"
 
 
@@ -203,7 +200,7 @@ def parse(arguments: Sequence[str]) -> Experiment:
     check_name("recipe", recipe, RECIPES)
     config = RECIPES[recipe].config
     if start.config is not None:
-        config = dataclasses.replace(read_experiment(with_home(start.config)), workdir=None)
+        config = changed(read_experiment(with_home(start.config)), workdir=None)
     description = (
         f"{inspect.getdoc(Experiment)}\n\n--config FILE starts from the settings that a run wrote, in its {SETTINGS}. "
         f"--recipe NAME starts from those of {', '.join(RECIPES)}; with --help it says what to expect. These are the "
@@ -211,16 +208,7 @@ def parse(arguments: Sequence[str]) -> Experiment:
     )
     if start.config is None:
         description += f"\n\n{recipe}: {RECIPES[recipe]}"
-    return by_group(config, _groups(), rest, description)
-
-
-def _groups() -> dict[str, list[str]]:
-    """What the help shows together: what most people set first, then the rest by what it is about."""
-    groups = {"main": [*_MAIN]}
-    for title, kind in {"data": Data, "network": Network, "training": Recipe, "running": Experiment}.items():
-        shown = [name for names in groups.values() for name in names]
-        groups[title] = [field.name for field in dataclasses.fields(kind) if field.name not in shown]
-    return groups
+    return settings_of(Experiment, config, rest, description)
 
 
 def find_workdir(config: Experiment) -> Path:
@@ -230,7 +218,9 @@ def find_workdir(config: Experiment) -> Path:
         ValueError: it holds another run, or can hold none.
     """
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    workdir = config.workdir or Path("runs", f"{config.model}-{config.activation}-{now}")
+    workdir = config.run.workdir or Path(
+        "runs", f"{config.recipe.network.model}-{config.recipe.network.activation}-{now}"
+    )
     check_writable_name(workdir)
     if (workdir / SETTINGS).exists():
         config.check_same_run(read_settings(workdir), workdir)
@@ -256,10 +246,10 @@ def gains_at(error: BadStepError, model: nn.Module, dataset: Dataset, config: Ex
     batch = next(
         training_batches(
             dataset,
-            config.batch_size,
-            seed=config.seed,
-            epochs=config.epochs,
-            augmentation=config.augmentation(dataset),
+            config.recipe.training.batch_size,
+            seed=config.recipe.seed,
+            epochs=config.recipe.training.epochs,
+            augmentation=config.recipe.data.augmentation(dataset),
             start=error.step - 1,
         )
     )

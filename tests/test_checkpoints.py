@@ -1,6 +1,5 @@
 """An interrupted run goes on as if it had never stopped; what cannot go on says why."""
 
-import dataclasses
 import itertools
 import json
 import logging
@@ -17,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_train_resnet import DATASET, config, small_model
 
 from experiments import folders, train_resnet
+from experiments.config import changed
 from experiments.data import training_batches
 from experiments.data.pipeline import standardize
 from experiments.training.checkpoints import CheckpointError, Checkpoints, Position, silence_orbax
@@ -42,7 +42,7 @@ def silent_orbax():
 @pytest.fixture(scope="module")
 def steps():
     with jax.numpy_dtype_promotion("standard"):
-        return make_steps(small_model(), SETTINGS, DATASET)
+        return make_steps(small_model(), SETTINGS.recipe.training, DATASET)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_however_often_it_is_stopped_no_example_comes_twice_or_never(tmp_path):
         seen.append(np.asarray(batch.images))
         return state, {"loss": 1.0, "accuracy": 0.5, "sound": True, "sound_gradient": np.ones(8, bool)}
 
-    noting = make_steps(small_model(), settings, DATASET)._replace(
+    noting = make_steps(small_model(), settings.recipe.training, DATASET)._replace(
         train=note, evaluate=lambda state, batch: {"loss": 1.0, "correct": 1, "count": 1}
     )
     for call in (1, 2, 2, 1, 3):
@@ -115,14 +115,13 @@ def test_however_often_it_is_stopped_no_example_comes_twice_or_never(tmp_path):
 
 
 def test_the_last_and_the_best_are_kept(steps, tmp_path):
-    settings = dataclasses.replace(SETTINGS, keep=2)
-    state = first_state(steps, settings)
-    with Checkpoints(tmp_path, settings) as checkpoints:
+    state = first_state(steps, SETTINGS)
+    with Checkpoints(tmp_path, SETTINGS) as checkpoints:
         for step, accuracy in enumerate([0.3, 0.9, 0.5, 0.7, 0.6], start=1):
             record = {"step": step, "epoch": float(step), "test_accuracy": accuracy}
             checkpoints.save(Position(state, step, measured=True, records=(record,)))
         checkpoints.save(Position(state, 6))
-    assert saved_steps(tmp_path) == [2, 5, 6]
+    assert saved_steps(tmp_path) == [2, 4, 5, 6]
 
 
 @pytest.mark.slow
@@ -201,7 +200,7 @@ def test_training_on_does_not_change_what_is_being_saved(tmp_path):
     """The next step takes over the memory of the state that it is given."""
     settings = config()
     model = small_model().clone(width=512)
-    steps = make_steps(model, settings, DATASET)
+    steps = make_steps(model, settings.recipe.training, DATASET)
     state = first_state(steps, settings)
     batch = next(training_batches(DATASET, 32, seed=0, epochs=1))
     for step in range(1, 4):
@@ -343,7 +342,7 @@ def test_without_a_checkpoint_that_can_be_read_the_run_does_not_start_over(steps
 
 
 def test_a_run_with_other_settings_is_refused(steps, interrupted):
-    other = dataclasses.replace(SETTINGS, learning_rate=0.1, activation="swish", workers=7)
+    other = changed(SETTINGS, learning_rate=0.1, activation="swish", workers=7)
     with pytest.raises(
         ValueError,
         match=r"'nswish', now 'swish'; learning_rate 0.05, now 0.1; form 'forward.*', now None",
@@ -352,21 +351,21 @@ def test_a_run_with_other_settings_is_refused(steps, interrupted):
 
 
 def test_another_network_is_refused(interrupted):
-    other = make_steps(small_model().clone(width=8), SETTINGS, DATASET)
+    other = make_steps(small_model().clone(width=8), SETTINGS.recipe.training, DATASET)
     with pytest.raises(ValueError, match=r"another network: params/.*/bias \(16,\), now \(8,\)"):
         go_on(other, interrupted)
 
 
 @pytest.mark.slow
 def test_statistics_that_a_checkpoint_lacks_start_anew_only_when_asked_for(tmp_path):
-    plain = dataclasses.replace(SETTINGS, activation="swish")
-    normalized = dataclasses.replace(SETTINGS, activation="nswish", epochs=2)
-    old, new = (make_steps(small_model(c.activation), c, DATASET) for c in (plain, normalized))
+    plain = changed(SETTINGS, activation="swish")
+    normalized = changed(SETTINGS, activation="nswish", epochs=2)
+    old, new = (make_steps(small_model(c.activation), c.recipe.training, DATASET) for c in (plain, normalized))
     with pytest.raises(PreemptedError):
         go_on(old, tmp_path, plain, stop=stop_at(20))
     with pytest.raises(ValueError, match="activation 'swish', now 'nswish'"):
         go_on(new, tmp_path, normalized)
-    asked = dataclasses.replace(normalized, fresh_statistics=True)
+    asked = changed(normalized, fresh_statistics=True)
     start = first_state(new, asked)
     with Checkpoints(tmp_path, asked) as checkpoints:
         found = checkpoints.restore(start, print)
@@ -391,15 +390,16 @@ def test_an_old_checkpoint_of_the_same_settings_without_statistics(tmp_path, ste
 
 
 def test_moments_that_a_form_does_not_use_are_left_behind_and_those_it_lacks_start_anew_when_asked_for(tmp_path):
-    few, many = dataclasses.replace(SETTINGS, axis=None), dataclasses.replace(SETTINGS, form="published")
+    few, many = changed(SETTINGS, axis=None), changed(SETTINGS, form="published")
     few_moments, all_moments = (
-        first_state(make_steps(small_model(form=each.chosen_form), each, DATASET), each) for each in (few, many)
+        first_state(make_steps(small_model(form=each.recipe.network.form.chosen), each.recipe.training, DATASET), each)
+        for each in (few, many)
     )
     assert set(all_moments.batch_stats["ANAct_0"]) > set(few_moments.batch_stats["ANAct_0"])
     seen = jax.tree.map(lambda leaf: leaf + 1, all_moments.batch_stats)
     with Checkpoints(tmp_path / "all", many) as checkpoints:
         checkpoints.save(Position(all_moments._replace(batch_stats=seen), 3))
-    with Checkpoints(tmp_path / "all", dataclasses.replace(few, fresh_statistics=True)) as checkpoints:
+    with Checkpoints(tmp_path / "all", changed(few, fresh_statistics=True)) as checkpoints:
         found = checkpoints.restore(few_moments, print).state.batch_stats
     kept = {name: seen["ANAct_0"][name] for name in found["ANAct_0"]}
     chex.assert_trees_all_equal(found["ANAct_0"], kept)
@@ -411,7 +411,7 @@ def test_moments_that_a_form_does_not_use_are_left_behind_and_those_it_lacks_sta
         pytest.raises(ValueError, match=r"form 'Standardized.*, now 'mean'"),
     ):
         checkpoints.restore(all_moments, print)
-    with Checkpoints(tmp_path / "few", dataclasses.replace(many, fresh_statistics=True)) as checkpoints:
+    with Checkpoints(tmp_path / "few", changed(many, fresh_statistics=True)) as checkpoints:
         anew = checkpoints.restore(all_moments, print).state.batch_stats
     expected = all_moments.batch_stats["ANAct_0"] | {name: v for name, v in kept.items() if name != "count"}
     chex.assert_trees_all_equal(anew["ANAct_0"], expected)
@@ -466,7 +466,7 @@ def test_a_bad_step_stops_the_run_and_keeps_the_last_good_checkpoint(steps, tmp_
 
 @pytest.mark.slow
 def test_a_bad_step_left_out_changes_nothing_but_the_count(steps, tmp_path):
-    settings = dataclasses.replace(SETTINGS, skip_bad_steps=True)
+    settings = changed(SETTINGS, skip_bad_steps=True)
     state = first_state(steps, settings)
     good = [next(training_batches(DATASET, 64, seed=0, epochs=1)) for _ in range(3)]
     for batch in good:

@@ -113,10 +113,10 @@ def test_ignored_ctrl_c_stays_ignored():
 def test_paths_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = train_resnet.parse(["--workdir=~/run", "--data-dir=~"])
-    assert (config.workdir, config.data_dir) == (tmp_path / "run", tmp_path)
+    assert (config.run.workdir, config.storage.data_dir) == (tmp_path / "run", tmp_path)
     (tmp_path / "config.json").write_text('{"data_dir": "~/data"}')
-    assert train_resnet.parse(["--config=~/config.json"]).data_dir == tmp_path / "data"
-    assert read_experiment(tmp_path).data_dir == tmp_path / "data"
+    assert train_resnet.parse(["--config=~/config.json"]).storage.data_dir == tmp_path / "data"
+    assert read_experiment(tmp_path).storage.data_dir == tmp_path / "data"
     found = at_home(PredictConfig(Path("~/run"), (Path("~/1.png"), Path("a~"), Path("~no user/x"))))
     assert found.workdir == tmp_path / "run"
     assert found.images == (tmp_path / "1.png", Path("a~"), Path("~no user/x"))

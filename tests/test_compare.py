@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import re
 import signal
@@ -11,7 +10,7 @@ import pytest
 import scipy.stats
 
 from anact_jax import Standardized
-from experiments.config import Experiment, Recipe, Storage
+from experiments.config import Experiment, Recipe, Storage, changed
 from experiments.data import load, with_subset
 from experiments.forms import label_named
 from experiments.networks import make_layers
@@ -84,7 +83,7 @@ def outcome(validation, test=None, diverged=False):
 
 def cell(seed=0, rate=0.1, on_test=True, **settings):
     usual = {"validation_images": 360}
-    return Cell(Recipe(learning_rate=rate, seed=seed, **(usual | settings)), on_test)
+    return Cell(changed(Recipe(), learning_rate=rate, seed=seed, **(usual | settings)), on_test)
 
 
 def test_learning_rate_is_chosen_by_all_choice_seeds_and_never_by_the_test_split(tmp_path):
@@ -275,8 +274,10 @@ def small_digits():
 
 
 def small_cells(*runs, on_test=True, **settings):
-    config = Experiment(epochs=2, batch_size=32, validation_images=100, activation="nswish", norm="none", **settings)
-    return [Cell(dataclasses.replace(config, learning_rate=rate, seed=seed), on_test) for rate, seed in runs]
+    recipe = changed(
+        Recipe(), epochs=2, batch_size=32, validation_images=100, activation="nswish", norm="none", **settings
+    )
+    return [Cell(changed(recipe, learning_rate=rate, seed=seed), on_test) for rate, seed in runs]
 
 
 @pytest.mark.slow
@@ -284,12 +285,14 @@ def test_runs_in_one_program_equal_runs_alone():
     data = small_digits()
     model = MLP(make_layers("nswish", "none", form="published"), classes=10, depth=2, width=16)
     cells = small_cells((0.01, 0), (0.1, 0), (0.1, 1))
-    alone = make_steps(model, cells[0].recipe, data.chosen_on)
-    found = train_together(make_steps(model, cells[0].recipe, data.chosen_on, together=True), data, cells)
+    alone = make_steps(model, cells[0].recipe.training, data.chosen_on)
+    found = train_together(make_steps(model, cells[0].recipe.training, data.chosen_on, together=True), data, cells)
     for cell, outcome in zip(cells, found, strict=True):
-        state, validation_accuracy = train(alone, data.chosen_on, cell.recipe, Silent(), show_progress=False)
+        state, validation_accuracy = train(
+            alone, data.chosen_on, Experiment(cell.recipe), Silent(), show_progress=False
+        )
         assert abs(outcome["validation_accuracy"] - validation_accuracy) < 0.0101
-        test_accuracy = evaluate(alone, state, data.judged_on, cell.recipe.batch_size)["accuracy"]
+        test_accuracy = evaluate(alone, state, data.judged_on, cell.recipe.training.batch_size)["accuracy"]
         assert abs(outcome["test_accuracy"] - test_accuracy) < 0.01
     assert found[0]["curve"] != found[1]["curve"]
     assert found[1]["curve"] != found[2]["curve"]
@@ -300,7 +303,7 @@ def test_a_diverged_run_counts_as_guessing_and_the_others_go_on():
     data = small_digits()
     model = MLP(make_layers("relu", "none"), classes=10, depth=2, width=16)
     cells = small_cells((1e20, 0), (0.1, 0))
-    together = make_steps(model, cells[0].recipe, data.chosen_on, together=True)
+    together = make_steps(model, cells[0].recipe.training, data.chosen_on, together=True)
     failed, fine = train_together(together, data, cells)
     assert failed == {"curve": [], "validation_accuracy": 0.1, "test_accuracy": 0.1, "diverged": True}
     assert not fine["diverged"]
@@ -348,9 +351,9 @@ def test_finished_cells_are_not_run_again(tmp_path, run_main):
 
 @pytest.mark.slow
 def test_cells_of_a_network_with_convolutions_run_too(tmp_path):
-    config = Recipe(epochs=2, model="vgg11_narrow", norm="none", validation_images=360, activation="nelu")
+    config = changed(Recipe(), epochs=2, model="vgg11_narrow", norm="none", validation_images=360, activation="nelu")
     results = Results(tmp_path / "results.jsonl")
-    cells = [Cell(dataclasses.replace(config, seed=seed), on_test=True) for seed in range(2)]
+    cells = [Cell(changed(config, seed=seed), on_test=True) for seed in range(2)]
     run_cells(cells, results, Storage(), network_of)
     for c in cells:
         found = results.get(c)

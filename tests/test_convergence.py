@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.config import Recipe
+from experiments.config import Recipe, changed
 from experiments.data import load
 from experiments.studies import convergence
 from experiments.studies.convergence import Point, distance_from_one, rank_correlation
@@ -29,11 +29,11 @@ def test_bad_settings_end_in_one_line(arguments, message, refused):
 @pytest.mark.slow
 def test_distance_is_that_of_he_for_relu():
     """ReLU halves second moments both ways; multiplied by sqrt(2), as He's initialization does, it keeps them."""
-    network = Recipe(model="mlp10", norm="none", activation="relu")
+    network = changed(Recipe(), model="mlp10", norm="none", activation="relu")
     digits = load("digits")
     assert abs(distance_from_one(network, 1.0, digits) - 2 * np.log(2)) < 0.35
     assert distance_from_one(network, 2**0.5, digits) < 0.35
-    normalized = Recipe(model="mlp10", norm="none", activation="nrelu", form="published")
+    normalized = changed(Recipe(), model="mlp10", norm="none", activation="nrelu", form="published")
     assert distance_from_one(normalized, 1.0, digits) < 0.35
     assert distance_from_one(normalized, 8.0, digits) == pytest.approx(2 * np.log(64), rel=0.05)
 

@@ -1,9 +1,7 @@
-import dataclasses
-
 import numpy as np
 import pytest
 
-from experiments.config import Recipe
+from experiments.config import Recipe, changed
 from experiments.forms import label_named
 from experiments.studies import default_form
 from experiments.studies.default_form import forms_table, half_width, report, rows_of, usable_range, ways_table
@@ -31,11 +29,11 @@ def test_usable_range(by_rate, expected):
 
 
 def add(results, activation, accuracies, norm="none", variation="", init="lecun", **form):
-    recipe = Recipe(activation=activation, norm=norm, init=init, model="mlp10", learning_rate=0.1, **form)
+    recipe = changed(Recipe(), activation=activation, norm=norm, init=init, model="mlp10", learning_rate=0.1, **form)
     empty = {"curve": [], "diverged": False, "seconds": 1.0}
-    results.add(Cell(dataclasses.replace(recipe, seed=9), False, variation), empty | {"validation_accuracy": 0.5})
+    results.add(Cell(changed(recipe, seed=9), False, variation), empty | {"validation_accuracy": 0.5})
     for seed, accuracy in enumerate(accuracies):
-        cell = Cell(dataclasses.replace(recipe, seed=seed), True, variation)
+        cell = Cell(changed(recipe, seed=seed), True, variation)
         results.add(cell, empty | {"test_accuracy": accuracy})
 
 

@@ -1,4 +1,3 @@
-import dataclasses
 from pathlib import Path
 
 import chex
@@ -8,11 +7,11 @@ import pytest
 from test_train_resnet import DATASET, config, small_model
 
 from experiments import inspect_runs, train_resnet
-from experiments.config import Experiment
+from experiments.config import Recipe, Storage, changed
 from experiments.data import load
 from experiments.data.pipeline import standardize
 from experiments.inspect_runs import by_name, layer_variances
-from experiments.networks.build import make_network
+from experiments.training.build import make_network
 from experiments.training.comparison import gradients_at_the_start
 from experiments.training.gains import gains_of
 from experiments.training.metrics import read_evaluations
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 @pytest.fixture
 def untrained():
     """A run whose network has its initial weights, with 100 test images."""
-    state = make_steps(small_model(), config(), DATASET).create(0, 0.1)
+    state = make_steps(small_model(), config().recipe.training, DATASET).create(0, 0.1)
     return Run(config(), DATASET, small_model(), state, state)
 
 
@@ -34,9 +33,10 @@ def test_more_images_than_there_are_is_all_of_them(untrained):
 
 
 def test_comparison_measures_real_images_alone():
-    few = Experiment(model="mlp5", norm="none", validation_images=20)
-    dataset = few.load_data()
-    model, steps = make_network(few, dataset), make_steps(make_network(few, dataset), few, dataset)
+    few = changed(Recipe(), model="mlp5", norm="none", validation_images=20)
+    dataset = few.data.load(Storage())
+    model = make_network(few.network, dataset)
+    steps = make_steps(model, few.training, dataset)
     images, labels = dataset.test.fetch(np.arange(20))
     expected = variances_of(model)(steps.create(0, 0.1).variables, standardize(images, dataset), labels)
     chex.assert_trees_all_close(gradients_at_the_start(few, dataset), jax.device_get(expected), rtol=1e-5)
@@ -73,7 +73,7 @@ def test_the_folder_one_is_in_has_its_name(tmp_path, monkeypatch):
 
 
 def test_runs_of_one_base_name_are_two_tables(tmp_path, monkeypatch, run_main, untrained):
-    other = untrained._replace(config=dataclasses.replace(untrained.config, seed=1))
+    other = untrained._replace(config=changed(untrained.config, seed=1))
     found = {tmp_path / side / "seed0": run for side, run in (("a", untrained), ("b", other))}
     monkeypatch.setattr(inspect_runs, "load_run", lambda workdir, **_: found[workdir])
     for folder in found:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from anact_jax import Published, Standardized
-from experiments.config import FormSettings, form_settings
+from experiments.config import FormSettings
 from experiments.forms import LABELS, form_named, label_named, label_of
 
 
@@ -14,9 +14,9 @@ def test_labels_settings_and_forms_agree(label):
     form = LABELS[label]
     assert form_named(label) == form
     assert label_of(form) == label
-    settings = FormSettings(**form_settings(form))
+    settings = FormSettings.of(form)
     settings.check()
-    assert settings.chosen_form == form
+    assert settings.chosen == form
 
 
 def test_words_mean_the_two_forms():
@@ -38,10 +38,10 @@ def test_gone_forms_name_their_last_commit(gone):
 
 
 def test_center_is_what_the_form_has():
-    assert FormSettings(form="published").chosen_form == Published()
-    assert FormSettings(form="published", center=True).chosen_form == Published(center=True)
-    assert FormSettings().chosen_form == Standardized()
-    assert FormSettings(center=False, axis=None).chosen_form == Standardized(center=False, axis=None)
+    assert FormSettings(form="published").chosen == Published()
+    assert FormSettings(form="published", center=True).chosen == Published(center=True)
+    assert FormSettings().chosen == Standardized()
+    assert FormSettings(center=False, axis=None).chosen == Standardized(center=False, axis=None)
 
 
 def test_every_option_of_a_form_is_a_setting():

@@ -8,7 +8,7 @@ import pytest
 
 from anact_jax import Published, Standardized, activation_stats
 from anact_jax.linen import ANAct
-from experiments.config import Recipe
+from experiments.config import Recipe, changed
 from experiments.data import load
 from experiments.networks import (
     MODELS,
@@ -20,8 +20,8 @@ from experiments.networks import (
     make_model,
     on_each,
 )
-from experiments.networks.build import make_network
 from experiments.networks.mlp import MLP
+from experiments.training.build import make_network
 from experiments.training.gains import factor_range, gains_of
 
 
@@ -158,7 +158,7 @@ def test_gains_lists_every_activation_in_order_of_execution():
 
 
 def test_a_recipe_with_batch_norm_measures_everywhere():
-    model = make_network(Recipe(model="resnet20"), load("digits"))
+    model = make_network(changed(Recipe(), model="resnet20").network, load("digits"))
     seen = []
     with on_each(ANAct | Plain, lambda module, x: seen.append(module)):
         jax.eval_shape(lambda: initialized(model, jnp.zeros((4, 8, 8, 1))))

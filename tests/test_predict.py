@@ -12,7 +12,7 @@ from test_train_resnet import DATASET, config, small_model
 
 from anact_jax import Published, Standardized
 from experiments import inspect_runs, predict, train_resnet
-from experiments.config import FORM_SETTINGS, SETTINGS, Experiment, read_experiment
+from experiments.config import SETTINGS, Experiment, FormSettings, as_today, changed, read_experiment
 from experiments.data import load
 from experiments.networks import make_layers
 from experiments.networks.mlp import MLP
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 @pytest.fixture(scope="module")
 def classify():
     with jax.numpy_dtype_promotion("standard"):
-        state = make_steps(small_model(), config(), DATASET).create(0, 0.1)
+        state = make_steps(small_model(), config().recipe.training, DATASET).create(0, 0.1)
         yield make_classifier(small_model(), state.variables, DATASET, batch_size=16)
 
 
@@ -35,7 +35,7 @@ def untrained(monkeypatch, tmp_path):
     """The folder of a run on the digits, as `predict` finds it, whose network has its initial weights."""
     digits = load("digits")
     model = MLP(make_layers("nswish", "none"), classes=10, depth=2, width=16)
-    state = make_steps(model, config(), digits).create(0, 0.1)
+    state = make_steps(model, config().recipe.training, digits).create(0, 0.1)
     monkeypatch.setattr(predict, "load_run", lambda *args, **options: Run(config(), digits, model, state, state))
     (tmp_path / "run").mkdir()
     return tmp_path / "run"
@@ -238,7 +238,7 @@ def test_settings_are_checked_before_the_run_is_read(arguments, message, tmp_pat
 def test_data_folder_is_found_from_anywhere(tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     workdir = tmp_path / "run"
-    train_resnet.prepare_workdir(workdir, Experiment(dataset="mnist", model="mlp5", data_dir=Path("data")))
+    train_resnet.prepare_workdir(workdir, changed(Experiment(), dataset="mnist", model="mlp5", data_dir=Path("data")))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     refused(predict, workdir, message=f"mnist is not prepared in {tmp_path / 'data' / 'mnist'}")
@@ -248,22 +248,22 @@ def test_data_folder_is_found_from_anywhere(tmp_path, monkeypatch, refused):
 
 
 def test_settings_come_back_as_they_were_written(tmp_path):
-    config = Experiment(model="mlp5", data_dir=tmp_path, workdir=tmp_path, train_images=100)
+    config = changed(Experiment(), model="mlp5", data_dir=tmp_path, workdir=tmp_path, train_images=100)
     for form in ({"std": 1.0, "axis": None}, {"center": False}, {"form": "published", "learned": True}):
-        config = dataclasses.replace(Experiment.part_of(config), **form)
+        config = changed(config, **dataclasses.asdict(FormSettings()) | form)
         train_resnet.prepare_workdir(tmp_path, config)
         assert read_experiment(tmp_path) == config
         config.check_same_run(json.loads(config.to_json()), tmp_path)
         with pytest.raises(ValueError, match=r"other settings: form '.*', now 'mean\+center'"):
-            other = Experiment.part_of(config, form="published", center=True, learned=False, std=0.5, axis=-1)
+            other = changed(config, **dataclasses.asdict(FormSettings("published", center=True)))
             other.check_same_run(json.loads(config.to_json()), tmp_path)
 
 
 def as_before(config, form):
     """The settings of a run as they were written when a form was a text."""
-    settings = json.loads(config.to_json())
-    others = {name: value for name, value in settings.items() if name not in FORM_SETTINGS}
-    return others | {"form": form, "behind": "measured"}
+    settings = as_today(json.loads(config.to_json()), Path())
+    others = {name: value for name, value in settings.items() if not hasattr(FormSettings, name)}
+    return others | {"form": form, "behind": "measured", "keep": 3, "group_size": 8}
 
 
 @pytest.mark.parametrize(
@@ -279,12 +279,12 @@ def test_old_text_of_a_form_is_read(tmp_path, text, form):
     saved = as_before(Experiment(), text)
     (tmp_path / SETTINGS).write_text(json.dumps(saved))
     found = read_experiment(tmp_path)
-    assert found.chosen_form == form
+    assert found.recipe.network.form.chosen == form
     found.check_same_run(saved, tmp_path)
 
 
 def test_plain_runs_of_old_are_read(tmp_path):
-    config = Experiment(activation="swish")
+    config = changed(Experiment(), activation="swish")
     (tmp_path / SETTINGS).write_text(json.dumps(as_before(config, None)))
     assert read_experiment(tmp_path) == config
 
@@ -303,7 +303,7 @@ def test_run_of_a_gone_form_names_its_last_commit(tmp_path, program, option, ref
 @pytest.mark.parametrize("old", [{"behind": "measured"}, {"behind": None}, {}])
 def test_settings_of_old_runs_are_read(tmp_path, old):
     config = Experiment()
-    saved = json.loads(config.to_json()) | old
+    saved = as_today(json.loads(config.to_json()), tmp_path) | old
     del saved["mixup"]
     (tmp_path / SETTINGS).write_text(json.dumps(saved))
     assert read_experiment(tmp_path).recipe == config.recipe
@@ -333,7 +333,7 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, run_main):
 
 
 def write(workdir):
-    train_resnet.prepare_workdir(workdir, Experiment(model="mlp5", epochs=2))
+    train_resnet.prepare_workdir(workdir, changed(Experiment(), model="mlp5", epochs=2))
 
 
 @pytest.mark.slow

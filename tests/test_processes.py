@@ -1,6 +1,5 @@
 """Two processes that train together, two that must not, and signals to stop."""
 
-import dataclasses
 import errno
 import fcntl
 import signal
@@ -14,25 +13,27 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.config import Experiment
-from experiments.networks.build import make_network
+from experiments.config import Experiment, changed
+from experiments.training.build import make_network
 from experiments.training.loop import train
 from experiments.training.metrics import Unheard
 from experiments.training.processes import StopSignal, connect, only_process_in
 from experiments.training.steps import make_steps
 
-CONFIG = Experiment(model="resnet20", norm="none", train_images=256, batch_size=32, epochs=1, warmup_epochs=0.0)
+CONFIG = changed(
+    Experiment(), model="resnet20", norm="none", train_images=256, batch_size=32, epochs=1, warmup_epochs=0.0
+)
 
 
 def train_part(index: int, count: int, port: int, output: Path) -> None:
     """Eight steps of a ResNet by one of `count` processes; the first one writes the parameters and statistics."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8 // count)
-    config = dataclasses.replace(CONFIG, processes=count, process=index, coordinator=f"127.0.0.1:{port}")
+    config = changed(CONFIG, processes=count, process=index, coordinator=f"127.0.0.1:{port}")
     connect(config)
     assert jax.device_count() == 8
     dataset = config.load_data()
-    steps = make_steps(make_network(config, dataset), config, dataset)
+    steps = make_steps(make_network(config.recipe.network, dataset), config.recipe.training, dataset)
     state, _ = train(steps, dataset, config, Unheard(), show_progress=False)
     assert int(state.step) == 8
     if index == 0:

@@ -1,7 +1,5 @@
 """Recipes: what they say, and that their steps run here, lower for a GPU and compile for a TPU without having one."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -10,9 +8,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.benchmarks import training_step
 from experiments.benchmarks.measuring import random_images
+from experiments.config import changed
 from experiments.data import DATASETS, training_batches
-from experiments.networks.build import make_network
 from experiments.recipes import RECIPES
+from experiments.training.build import make_network
 from experiments.training.steps import make_steps
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -22,7 +21,7 @@ SHAPES = {"digits": (8, 8, 1), "fashion_mnist": (14, 14, 1), "cifar100": (32, 32
 
 def noise_for(config, images):
     """As many images of noise in the shape and with the classes of the recipe's data set."""
-    return random_images(SHAPES[config.dataset], images, DATASETS[config.dataset])
+    return random_images(SHAPES[config.recipe.data.dataset], images, DATASETS[config.recipe.data.dataset])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -37,13 +36,17 @@ def test_every_recipe_says_what_to_expect(name):
 @pytest.mark.parametrize("name", ["digits", "fashion_mnist", "resnet18_cifar100"])  # all are compiled below
 def test_a_recipe_takes_two_steps_at_full_shape(name):
     # A batch of 128 images of 32x32 pixels takes 20 GB in ResNet-50.
-    config = dataclasses.replace(RECIPES[name].config, batch_size=16)
-    dataset = noise_for(config, 2 * config.batch_size)
-    steps = make_steps(make_network(config, dataset), config, dataset)
-    state = steps.create(0, config.learning_rate)
+    config = changed(RECIPES[name].config, batch_size=16)
+    dataset = noise_for(config, 2 * config.recipe.training.batch_size)
+    steps = make_steps(make_network(config.recipe.network, dataset), config.recipe.training, dataset)
+    state = steps.create(0, config.recipe.learning_rate)
     before = jax.device_get(state.params)
     for batch in training_batches(
-        dataset, config.batch_size, seed=0, epochs=1, augmentation=config.augmentation(dataset)
+        dataset,
+        config.recipe.training.batch_size,
+        seed=0,
+        epochs=1,
+        augmentation=config.recipe.data.augmentation(dataset),
     ):
         state, metrics = steps.train(state, batch)
         assert 0 < float(metrics["loss"]) < 100
@@ -55,8 +58,10 @@ def test_a_recipe_takes_two_steps_at_full_shape(name):
 
 def traced_step(name, sharding=None):
     """The training step of a recipe in bfloat16, at its full shapes."""
-    config = dataclasses.replace(RECIPES[name].config, dtype="bfloat16")
-    return training_step.traced(config, SHAPES[config.dataset], DATASETS[config.dataset], sharding)
+    config = changed(RECIPES[name].config, dtype="bfloat16")
+    return training_step.traced(
+        config, SHAPES[config.recipe.data.dataset], DATASETS[config.recipe.data.dataset], sharding
+    )
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from anact_jax import gaussian_stats
-from experiments.config import Recipe
+from experiments.config import Recipe, changed
 from experiments.data import load
 from experiments.networks import Plain, on_each
 from experiments.studies.rivals import DEEP_KERNEL_SHAPING, Depth, UnitKernel, deep_kernel_shaped, network_of
@@ -34,7 +34,7 @@ def test_deep_kernel_shaping_meets_its_conditions(name):
     ],
 )
 def test_deep_kernel_shaping_knows_the_depth(model, depth):
-    recipe = Recipe(model=model, activation="tanh", norm="none")
+    recipe = changed(Recipe(), model=model, activation="tanh", norm="none")
     [shaped] = {module.fn for module in plain_activations(network_of(recipe, DEEP_KERNEL_SHAPING, load("digits")))}
     assert shaped is deep_kernel_shaped("tanh", depth)
 
@@ -68,7 +68,7 @@ KEEPS = ["normalizer-free", "magnitude-preserving", "BatchNorm behind", "tempere
 )
 @pytest.mark.parametrize("model", ["resmlp16", pytest.param("resnet20", marks=pytest.mark.slow)])
 def test_each_rival_holds_the_signal_and_trains(model, variation):
-    recipe = Recipe(model=model, activation="softplus", norm="batch" if variation == "tempered" else "none")
+    recipe = changed(Recipe(), model=model, activation="softplus", norm="batch" if variation == "tempered" else "none")
     network = network_of(recipe, variation, load("digits"))
     x, labels = jax.random.normal(jax.random.key(0), (64, 8, 8, 1)), jnp.arange(64) % 10
     variables = jax.jit(lambda x: network.init(jax.random.key(1), x, train=False))(x)

@@ -1,6 +1,5 @@
 """The compiled training step: each setting does what it says, and nothing where it is off."""
 
-import dataclasses
 import functools
 
 import chex
@@ -11,13 +10,14 @@ import optax
 import pytest
 from test_train_resnet import DATASET, config
 
+from experiments.config import Training, changed
 from experiments.data import Batch, training_batches
-from experiments.networks.build import make_network
-from experiments.training.steps import create_state, make_optimizer, make_steps, make_train_step
+from experiments.training.build import make_network
+from experiments.training.steps import create_state, make_optimizer, make_steps, make_train_step, schedule_of
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-SETTINGS = config(model="mlp5", activation="swish", norm="none", batch_size=32, warmup_epochs=0.0)
+SETTINGS = config(model="mlp5", activation="swish", norm="none", batch_size=32, warmup_epochs=0.0).recipe
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def batches():
 
 def run(recipe, count=4):
     """The compiled functions, the states from the first on, and the loss of each step."""
-    steps = make_steps(make_network(recipe, DATASET), recipe, DATASET)
+    steps = make_steps(make_network(recipe.network, DATASET), recipe.training, DATASET)
     state = steps.create(recipe.seed, recipe.learning_rate)
     states, losses = [jax.device_get(state)], []
     for batch in batches()[:count]:
@@ -39,10 +39,10 @@ def run(recipe, count=4):
 
 def logits_and_loss(recipe, labels, **settings):
     """Of the first step, at the initial weights: what the network gives, and the loss that the step reports."""
-    recipe = dataclasses.replace(recipe, **settings)
+    recipe = changed(recipe, **settings)
     batch = batches()[0]._replace(labels=labels)
-    model = make_network(recipe, DATASET)
-    steps = make_steps(model, recipe, DATASET)
+    model = make_network(recipe.network, DATASET)
+    steps = make_steps(model, recipe.training, DATASET)
     start = steps.create(0, 0.1)
     logits = functools.partial(model.apply, start.variables, train=True, mutable=["batch_stats"])
     state = jax.tree.map(jnp.copy, start)
@@ -73,7 +73,7 @@ def test_mixup_draws_by_seed_and_step():
         return float(jax.random.beta(jax.random.fold_in(jax.random.key(seed), step), 0.4, 0.4))
 
     assert len({weight(seed, step) for seed in (0, 1) for step in (0, 1)}) == 4
-    recipe = dataclasses.replace(SETTINGS, mixup=1.0, learning_rate=1e-30, weight_decay=0.0, seed=3)
+    recipe = changed(SETTINGS, mixup=1.0, learning_rate=1e-30, weight_decay=0.0, seed=3)
     steps, states, _ = run(recipe, 1)
     assert states[0].seed == 3
     losses = [float(steps.train(states[i]._replace(params=states[0].params), batches()[0])[1]["loss"]) for i in (0, 1)]
@@ -81,7 +81,7 @@ def test_mixup_draws_by_seed_and_step():
 
 
 def test_the_average_is_of_weights_and_statistics_and_is_what_is_evaluated():
-    recipe = dataclasses.replace(SETTINGS, activation="nswish", ema=0.9)
+    recipe = changed(SETTINGS, activation="nswish", ema=0.9)
     steps, states, _ = run(recipe)
     expected = states[0].variables
     for step, state in enumerate(states[1:], start=1):
@@ -96,8 +96,8 @@ def test_the_average_is_of_weights_and_statistics_and_is_what_is_evaluated():
 
 
 def test_clipping_bounds_the_norm_of_the_gradient():
-    recipe = dataclasses.replace(SETTINGS, clip_norm=1e-3, weight_decay=0.0, momentum=0.0, learning_rate=1.0)
-    steps = make_steps(make_network(recipe, DATASET), recipe, DATASET)
+    recipe = changed(SETTINGS, clip_norm=1e-3, weight_decay=0.0, momentum=0.0, learning_rate=1.0)
+    steps = make_steps(make_network(recipe.network, DATASET), recipe.training, DATASET)
     start = steps.create(0, 1.0)
     before = jax.device_get(start.params)
     after, _ = steps.train(start, batches()[0])
@@ -110,7 +110,7 @@ def test_nesterov_looks_ahead():
     trace = optax.sgd(1.0, momentum=0.9, nesterov=True)
     gradient = jnp.ones(3)
     state = trace.init(gradient)
-    optimizer = make_optimizer(dataclasses.replace(SETTINGS, nesterov=True, weight_decay=0.0), 32)
+    optimizer = make_optimizer(Training(nesterov=True, weight_decay=0.0), lambda step: 1.0)
     expected, _ = trace.update(gradient, state)
     found, _ = optimizer.update(gradient, optimizer.init(gradient), gradient)
     np.testing.assert_allclose(found, expected)
@@ -118,12 +118,11 @@ def test_nesterov_looks_ahead():
 
 @pytest.mark.parametrize(("model", "norm"), [("resnet20", "batch"), ("mlp5", "none"), ("resnet20", "group")])
 def test_bfloat16_computes_in_it_and_keeps_everything_else_in_float32(model, norm):
-    recipe = dataclasses.replace(SETTINGS, activation="nswish", model=model, norm=norm, dtype="bfloat16")
-    network = make_network(recipe, DATASET)
-    step = make_train_step(network, make_optimizer(recipe, 32), recipe)
-    start = jax.eval_shape(
-        functools.partial(create_state, network, make_optimizer(recipe, 32), DATASET.train.shape), 0, 0.1
-    )
+    recipe = changed(SETTINGS, activation="nswish", model=model, norm=norm, dtype="bfloat16")
+    network, schedule = make_network(recipe.network, DATASET), schedule_of(recipe.training, 32)
+    optimizer = make_optimizer(recipe.training, schedule)
+    step = make_train_step(network, optimizer, schedule, recipe.training)
+    start = jax.eval_shape(functools.partial(create_state, network, optimizer, DATASET.train.shape), 0, 0.1)
     batch = Batch(*(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in batches()[0]))
     text = str(jax.make_jaxpr(step)(start, batch))
     products = [line for line in text.splitlines() if "dot_general[" in line or "conv_general_dilated[" in line]
@@ -137,12 +136,8 @@ def test_bfloat16_computes_in_it_and_keeps_everything_else_in_float32(model, nor
 
 @pytest.mark.parametrize(("epochs", "warmup", "peak"), [(1, 1.0, 5), (10, 1.0, 10), (10, 3.0, 30)])
 def test_learning_rate_rises_for_half_of_training_at_most(epochs, warmup, peak):
-    recipe = dataclasses.replace(SETTINGS, epochs=epochs, warmup_epochs=warmup, momentum=0.0, weight_decay=0.0)
-    optimizer, size = make_optimizer(recipe, 10), jnp.ones(())
-    state, rates = optimizer.init(size), []
-    for _ in range(10 * epochs):
-        update, state = optimizer.update(size, state, size)
-        rates.append(-float(update))
+    schedule = schedule_of(Training(epochs, warmup_epochs=warmup), 10)
+    rates = [float(schedule(step)) for step in range(10 * epochs)]
     assert int(np.argmax(rates)) == peak
     assert rates[-1] < 0.4
 
@@ -158,8 +153,8 @@ def test_learning_rate_rises_for_half_of_training_at_most(epochs, warmup, peak):
     ],
 )
 def test_training_learns_with_each_setting(settings):
-    recipe = dataclasses.replace(SETTINGS, **{"activation": "nswish", "epochs": 4} | settings)
-    steps = make_steps(make_network(recipe, DATASET), recipe, DATASET)
+    recipe = changed(SETTINGS, **{"activation": "nswish", "epochs": 4} | settings)
+    steps = make_steps(make_network(recipe.network, DATASET), recipe.training, DATASET)
     state = steps.create(0, recipe.learning_rate)
     for batch in training_batches(DATASET, 32, seed=0, epochs=4):
         state, _ = steps.train(state, batch)

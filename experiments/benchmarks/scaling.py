@@ -19,7 +19,8 @@ from anact_jax import Standardized
 from anact_jax.statistics import FEW_SHARDS
 from experiments.benchmarks import training_step
 from experiments.benchmarks.measuring import random_images
-from experiments.networks.build import make_network
+from experiments.config import changed
+from experiments.training.build import make_network
 
 DEVICES = (1, 8, 256, 4096)
 TOPOLOGY, CORES, EACH = "v5e:2x4", 8, 128  # what is compiled for, and images for each core
@@ -67,8 +68,8 @@ def main() -> int:
 
 def _counted(side: str, sharding: NamedSharding) -> list[str]:
     network = training_step.NETWORKS["resnet50_gpu"]
-    config = dataclasses.replace(network.config, batch_size=CORES * EACH, **training_step.SIDES[side])
-    program = training_step.traced(config, network.image, network.classes, sharding).lower().compile()
+    recipe = changed(network.recipe, batch_size=CORES * EACH, **training_step.SIDES[side])
+    program = training_step.traced(recipe, network.image, network.classes, sharding).lower().compile()
     flops, moved = (program.cost_analysis()[name] for name in ("flops", "bytes accessed"))
     memory = program.memory_analysis()
     needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes
@@ -96,8 +97,8 @@ def _messages(channels: list[int], devices: int) -> list[tuple[int, int]]:
 def _resnet50() -> tuple[list[int], int]:
     """Channels of each activation, and the number of parameters."""
     network = training_step.NETWORKS["resnet50"]
-    config = dataclasses.replace(network.config, activation="nswish", norm="none")
-    model = make_network(config, random_images(network.image, 1, network.classes))
+    recipe = changed(network.recipe, activation="nswish", norm="none")
+    model = make_network(recipe.network, random_images(network.image, 1, network.classes))
     images = jnp.zeros((1, *network.image))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     fields = jax.tree.leaves(variables["batch_stats"])  # of each layer its count and its moments

@@ -1,6 +1,5 @@
 """Whole training steps of networks that differ in their activation and normalization layers alone."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,9 +9,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.benchmarks.measuring import BATCH_NORM, PLAIN, random_images
-from experiments.config import Experiment
+from experiments.config import Recipe, changed
 from experiments.data import Batch
-from experiments.networks.build import make_network
+from experiments.training.build import make_network
 from experiments.training.steps import make_steps
 
 SIDES: Mapping[str, dict[str, Any]] = {
@@ -28,28 +27,29 @@ class Network(NamedTuple):
     """What is trained.
 
     Attributes:
-        config: with model and batch size.
+        recipe: with model and batch size.
         image: shape of an image.
         classes: number of classes.
     """
 
-    config: Experiment
+    recipe: Recipe
     image: tuple[int, int, int]
     classes: int
 
     def __str__(self) -> str:
         height, width, _ = self.image
-        dtype = "" if self.config.dtype == "float32" else f", {self.config.dtype}"
-        return f"{self.config.model}, {self.config.batch_size} images of {height}x{width}{dtype}"
+        network, dtype = self.recipe.network, self.recipe.network.parts.dtype
+        shown = "" if dtype == "float32" else f", {dtype}"
+        return f"{network.model}, {self.recipe.training.batch_size} images of {height}x{width}{shown}"
 
 
 NETWORKS: Mapping[str, Network] = {
-    "mlp30": Network(Experiment(model="mlp30", batch_size=128), (28, 28, 1), 10),
-    "resnet20": Network(Experiment(model="resnet20", batch_size=128), (32, 32, 3), 10),
-    "resnet50": Network(Experiment(model="resnet50", batch_size=8, stem="imagenet"), (224, 224, 3), 1000),
-    "mlp100": Network(Experiment(model="mlp100", batch_size=128), (28, 28, 1), 10),
+    "mlp30": Network(changed(Recipe(), model="mlp30", batch_size=128), (28, 28, 1), 10),
+    "resnet20": Network(changed(Recipe(), model="resnet20", batch_size=128), (32, 32, 3), 10),
+    "resnet50": Network(changed(Recipe(), model="resnet50", batch_size=8, stem="imagenet"), (224, 224, 3), 1000),
+    "mlp100": Network(changed(Recipe(), model="mlp100", batch_size=128), (28, 28, 1), 10),
     "resnet50_gpu": Network(
-        Experiment(model="resnet50", batch_size=128, stem="imagenet", dtype="bfloat16"), (224, 224, 3), 1000
+        changed(Recipe(), model="resnet50", batch_size=128, stem="imagenet", dtype="bfloat16"), (224, 224, 3), 1000
     ),
 }
 
@@ -74,10 +74,10 @@ class Program(NamedTuple):
 
 def compiled(network: Network, side: str, batch_size: int | None = None) -> Program:
     """The training step of a network with the activation and the normalization layers of a side."""
-    size = batch_size or network.config.batch_size
-    config = dataclasses.replace(network.config, batch_size=size, **SIDES[side])
+    size = batch_size or network.recipe.training.batch_size
+    recipe = changed(network.recipe, batch_size=size, **SIDES[side])
     dataset = random_images(network.image, size, network.classes)
-    steps = make_steps(make_network(config, dataset), config, dataset)
+    steps = make_steps(make_network(recipe.network, dataset), recipe.training, dataset)
     state = steps.create(0, 1e-3)
     images = np.random.default_rng(0).standard_normal((size, *network.image), np.float32)
     batch = jax.device_put(Batch(images, np.zeros(size, np.int32), np.ones(size, bool)))
@@ -98,13 +98,13 @@ def compiled(network: Network, side: str, batch_size: int | None = None) -> Prog
 
 
 def traced(
-    config: Experiment, image: tuple[int, int, int], classes: int, sharding: NamedSharding | None = None
+    recipe: Recipe, image: tuple[int, int, int], classes: int, sharding: NamedSharding | None = None
 ) -> jax.stages.Traced:
     """The training step of a configuration, traced for arrays that are nowhere, with the batch sharded so."""
-    size = config.batch_size
+    size = recipe.training.batch_size
     dataset = random_images(image, size, classes)
-    steps = make_steps(make_network(config, dataset), config, dataset)
-    state = jax.eval_shape(steps.create, 0, config.learning_rate)
+    steps = make_steps(make_network(recipe.network, dataset), recipe.training, dataset)
+    state = jax.eval_shape(steps.create, 0, recipe.learning_rate)
     kinds: Any = [((size, *image), np.float32), ((size,), np.int32), ((size,), bool)]
     batch = Batch(*(jax.ShapeDtypeStruct(*kind) for kind in kinds))  # type: ignore[arg-type]
     if sharding is not None:

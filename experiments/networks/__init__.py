@@ -3,15 +3,17 @@
 import functools
 import inspect
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 import flax.linen as nn
+from tyro.extras import literal_type_from_choices
 
 from experiments.networks.cnn import VGG, PlainCNN
 from experiments.networks.layers import (
     INITS,
     NORMS,
     Join,
-    Layer,
+    LayerFunction,
     Layers,
     Plain,
     activation_layer,
@@ -23,15 +25,17 @@ from experiments.networks.names import ActivationName, check_name
 from experiments.networks.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet, WideResNet
 
 __all__ = [
-    "INITS",
     "MODELS",
     "NORMS",
-    "STEMS",
     "ActivationName",
+    "Init",
     "Join",
-    "Layer",
+    "LayerFunction",
     "Layers",
+    "ModelName",
+    "NormName",
     "Plain",
+    "Stem",
     "activation_layer",
     "check_name",
     "make_layers",
@@ -70,6 +74,14 @@ _MAKERS: dict[str, Callable[..., nn.Module]] = {
     "preresmlp16": functools.partial(ResidualMLP, depth=16, width=128, activation_first=True),
 }
 MODELS = tuple(_MAKERS)
+
+if TYPE_CHECKING:  # the choices are known when the program runs
+    Init: TypeAlias = str
+    ModelName: TypeAlias = str
+    NormName: TypeAlias = str
+    Stem: TypeAlias = str
+else:
+    Init, ModelName, NormName, Stem = map(literal_type_from_choices, (tuple(INITS), MODELS, NORMS, tuple(STEMS)))
 
 
 def make_model(name: str, layers: Layers, classes: int, stem: str = "small") -> nn.Module:

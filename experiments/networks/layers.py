@@ -4,7 +4,7 @@ import functools
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -17,15 +17,11 @@ from experiments.networks.names import ActivationName, check_name
 
 INITS = {"lecun": 1.0, "he": 2.0}  # variance of a weight times fan-in
 NORMS = ("batch", "group", "layer", "none")
+NORM_MOMENTUM = 0.9  # weight of the past in the running statistics of batch normalization
+GROUP_SIZE = 8  # channels in a group of group normalization
 
-
-@runtime_checkable
-class Layer(Protocol):
-    """Anything that maps an array to an array."""
-
-    def __call__(self, x: Array, /) -> Array:
-        """The layer's output."""
-        ...
+LayerFunction: TypeAlias = Callable[[Array], Array]
+"""Anything that maps an array to an array."""
 
 
 class Layers(NamedTuple):
@@ -39,17 +35,17 @@ class Layers(NamedTuple):
         join: takes the number of activations in a branch; adds the branch to its shortcut.
     """
 
-    conv: Callable[..., Layer]
-    dense: Callable[..., Layer]
-    norm: Callable[[bool], Layer]
-    act: Callable[[bool], Layer]
+    conv: Callable[..., LayerFunction]
+    dense: Callable[..., LayerFunction]
+    norm: Callable[[bool], LayerFunction]
+    act: Callable[[bool], LayerFunction]
     join: Callable[[int], Callable[[Array, Array], Array]]
 
     def in_mode(self, train: bool) -> "InMode":
         """The makers of layers that are others in training than in inference."""
         norm, act = functools.partial(self.norm, not train), functools.partial(self.act, not train)
 
-        def norm_act() -> Layer:
+        def norm_act() -> LayerFunction:
             first, then = norm(), act()
             return lambda x: then(first(x))
 
@@ -59,9 +55,9 @@ class Layers(NamedTuple):
 class InMode(NamedTuple):
     """Makers from `Layers`, for training or for inference: of a normalization layer, an activation, both in turn."""
 
-    norm: Callable[[], Layer]
-    act: Callable[[], Layer]
-    norm_act: Callable[[], Layer]
+    norm: Callable[[], LayerFunction]
+    act: Callable[[], LayerFunction]
+    norm_act: Callable[[], LayerFunction]
 
 
 class Plain(nn.Module):
@@ -99,7 +95,7 @@ def on_each(kind: type | types.UnionType, visit: Callable[[Any, Array], None]) -
     return nn.intercept_methods(on_call)
 
 
-def activation_layer(name: str, **options: Any) -> Callable[[bool], Layer]:
+def activation_layer(name: str, **options: Any) -> Callable[[bool], LayerFunction]:
     """Maker of an activation: `"swish"` is plain, `"nswish"` is `ANAct(swish, **options)`.
 
     Raises:
@@ -112,12 +108,10 @@ def activation_layer(name: str, **options: Any) -> Callable[[bool], Layer]:
     return lambda inference: ANAct(fn, use_running_average=inference, **options)
 
 
-def norm_layer(
-    name: str, *, momentum: float, group_size: int, dtype: DTypeLike | None = None
-) -> Callable[[bool], Layer]:
+def norm_layer(name: str, *, dtype: DTypeLike | None = None) -> Callable[[bool], LayerFunction]:
     """Maker of batch, group, layer or no normalization over channels-last input.
 
-    Layer normalization is over all of an example, as group normalization with a single group.
+    LayerFunction normalization is over all of an example, as group normalization with a single group.
 
     Raises:
         ValueError: unknown name.
@@ -125,10 +119,10 @@ def norm_layer(
     check_name("norm", name, NORMS)
     if name == "batch":
         return lambda use_running_average: nn.BatchNorm(
-            use_running_average=use_running_average, momentum=momentum, dtype=dtype
+            use_running_average=use_running_average, momentum=NORM_MOMENTUM, dtype=dtype
         )
     if name == "group":
-        return lambda use_running_average: nn.GroupNorm(num_groups=None, group_size=group_size, dtype=dtype)
+        return lambda use_running_average: nn.GroupNorm(num_groups=None, group_size=GROUP_SIZE, dtype=dtype)
     if name == "layer":
         return lambda use_running_average: nn.GroupNorm(num_groups=1, dtype=dtype)
     return lambda use_running_average: lambda x: x
@@ -139,8 +133,6 @@ def make_layers(
     norm: str,
     *,
     init: str = "lecun",
-    norm_momentum: float = 0.9,
-    group_size: int = 8,
     dtype: DTypeLike | None = None,
     **activation_options: Any,
 ) -> Layers:
@@ -158,7 +150,7 @@ def make_layers(
     return Layers(
         conv=functools.partial(nn.Conv, use_bias=norm == "none", kernel_init=kernel_init, dtype=dtype),
         dense=functools.partial(nn.Dense, kernel_init=kernel_init, dtype=dtype),
-        norm=norm_layer(norm, momentum=norm_momentum, group_size=group_size, dtype=dtype),
+        norm=norm_layer(norm, dtype=dtype),
         act=activation_layer(activation, **activation_options),
         join=Join,
     )

@@ -19,20 +19,30 @@ import numpy as np
 from tyro.conf import arg
 
 from anact_jax import ACTIVATIONS
-from experiments.config import Data, Parts, Recipe, Storage, Training, check_at_least, check_positive, form_settings
+from experiments.config import (
+    Data,
+    FormSettings,
+    Network,
+    Parts,
+    Recipe,
+    Storage,
+    Training,
+    check_at_least,
+    check_positive,
+)
 from experiments.data import DataError
 from experiments.forms import form_named
 from experiments.networks import MODELS, NORMS, ActivationName, check_name
-from experiments.networks.build import check_devices
 from experiments.studies.grid import Cell, Outcome, Results, run_cells
 from experiments.studies.report import write_reports
 from experiments.studies.rivals import VARIATIONS, VARIATIONS_OF_FORMS, network_of
+from experiments.training.build import check_devices
 
 FINALISTS = 2  # learning rates that are tried with all seeds of the choice
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Storage, Training, Parts, Data):
+class Config:
     """Trains every network with every activation, each at its own best learning rate.
 
     The rate is chosen on a validation split; runs with other seeds are then measured on the test
@@ -61,14 +71,17 @@ class Config(Storage, Training, Parts, Data):
     """runs, with seeds of their own, at each of the two best learning rates; one at the others"""
     seeds: int = 5
     """runs at the chosen learning rate, measured on the test split"""
-    validation_images: int = 360
-    """training images held out to choose the learning rate on"""
     workdir: Path = Path("comparison")
     """folder for results.jsonl and the reports"""
+    data: Data = Data(validation_images=360)
+    parts: Parts = Parts()
+    training: Training = Training()
+    storage: Storage = Storage()
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        super().check()
+        for part in (self.data, self.parts, self.training, self.storage):
+            part.check()
         for name in self.activations:
             ActivationName.parse(name)
         for name in self.variations:
@@ -84,8 +97,9 @@ class Config(Storage, Training, Parts, Data):
         for name in ("activations", "forms", "models", "norms", "learning_rates"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one")
-        for name in ("choice_seeds", "seeds", "validation_images"):
+        for name in ("choice_seeds", "seeds"):
             check_at_least(1, name, getattr(self, name))
+        check_at_least(1, "validation_images", self.data.validation_images)
 
     def sides(self) -> Iterator[Cell]:
         """Every network with every activation, each plain one once, at no particular learning rate."""
@@ -93,9 +107,8 @@ class Config(Storage, Training, Parts, Data):
             normalized = ActivationName.parse(name).normalized
             known = VARIATIONS_OF_FORMS if normalized else VARIATIONS
             for form in self.forms if normalized else ("default",):  # of no meaning
-                recipe = Recipe.part_of(
-                    self, model=model, norm=norm, activation=name, **form_settings(form_named(form))
-                )
+                network = Network(model, name, norm, FormSettings.of(form_named(form)), self.parts)
+                recipe = Recipe(self.data, network, self.training)
                 for variation in ("", *(name for name in self.variations if name in known)):
                     yield Cell(recipe, on_test=False, variation=variation)
 
@@ -106,9 +119,9 @@ def main() -> int:
     try:
         config.check()
         sides = list(config.sides())
-        check_devices(config.batch_size)
-        dataset = config.load(config)
-        config.check_batch(dataset)
+        check_devices(config.training.batch_size)
+        dataset = config.data.load(config.storage)
+        config.training.check_batch(dataset)
         for side in sides:
             network_of(side.recipe, side.variation, dataset)
         results = Results(config.workdir / "results.jsonl")
@@ -116,9 +129,9 @@ def main() -> int:
         return fail(str(error), BAD_SETTINGS)
     try:
         for number, side in enumerate(sides, start=1):
-            recipe = side.recipe
-            which = side.variation or side.recipe.label or "plain"
-            named = f"{number}/{len(sides)} {recipe.model} {recipe.norm} {recipe.activation}, {which}:"
+            network = side.recipe.network
+            which = side.variation or network.label or "plain"
+            named = f"{number}/{len(sides)} {network.model} {network.norm} {network.activation}, {which}:"
             print(named, end=" ", flush=True)
             print(compare_side(side, config, results))
     except KeyboardInterrupt:
@@ -135,7 +148,7 @@ def compare_side(side: Cell, config: Config, results: Results) -> str:
     """Chooses the learning rate of one network, then runs it with all seeds; returns what came out, in words."""
     rate = choose_rate(side, config, results)
     verdict = [_at(side, rate, seed)._replace(on_test=True) for seed in range(config.seeds)]
-    run_cells(verdict, results, Storage.part_of(config), network_of)
+    run_cells(verdict, results, config.storage, network_of)
     accuracies = [finished(cell, results)["test_accuracy"] for cell in verdict]
     return f"learning rate {rate:g}, test accuracy {np.mean(accuracies):.4f}"
 
@@ -153,7 +166,7 @@ def choose_rate(side: Cell, config: Config, results: Results) -> float:
 
     def mean_accuracies(rates: Sequence[float], seeds: Iterable[int]) -> dict[float, float]:
         cells = {rate: [_at(side, rate, seed) for seed in seeds] for rate in rates}
-        run_cells(itertools.chain(*cells.values()), results, Storage.part_of(config), network_of)
+        run_cells(itertools.chain(*cells.values()), results, config.storage, network_of)
         return {
             rate: float(np.mean([finished(cell, results)["validation_accuracy"] for cell in row]))
             for rate, row in cells.items()

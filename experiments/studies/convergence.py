@@ -24,13 +24,23 @@ from jaxtyping import Array, Float
 from tyro.conf import arg
 
 from anact_jax import ACTIVATIONS
-from experiments.config import Data, Parts, Recipe, Storage, Training, check_at_least, check_positive, form_settings
+from experiments.config import (
+    Data,
+    FormSettings,
+    Network,
+    Parts,
+    Recipe,
+    Storage,
+    Training,
+    check_at_least,
+    check_positive,
+)
 from experiments.data import DataError, Dataset, training_batches
 from experiments.forms import form_named
-from experiments.networks import MODELS, Layer, check_name
-from experiments.networks.build import check_devices, layers_of, make_network
+from experiments.networks import MODELS, LayerFunction, check_name
 from experiments.studies.ensemble import for_ensemble
 from experiments.studies.grid import Cell, Results, not_run_today, run_cells
+from experiments.training.build import check_devices, layers_of, make_network
 from experiments.training.gains import gains_of
 from experiments.training.metrics import to_json
 
@@ -41,7 +51,7 @@ _RESAMPLES = 2_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Storage, Training, Parts, Data):
+class Config:
     """Trains a plain network with activations whose gains are near 1 and with others, and correlates.
 
     Each activation is used as it is, and normalized with factors multiplied by constants. *Distance*:
@@ -59,16 +69,17 @@ class Config(Storage, Training, Parts, Data):
     """from which each point takes its best"""
     seeds: int = 3
     """runs at each learning rate"""
-    epochs: int = 10
-    """passes over the training data"""
-    validation_images: int = 360
-    """training images held out; nothing is decided on them"""
     workdir: Path = Path("convergence")
     """folder for results.jsonl, points.json and the picture"""
+    data: Data = Data(validation_images=360)
+    parts: Parts = Parts()
+    training: Training = Training(epochs=10)
+    storage: Storage = Storage()
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        super().check()
+        for part in (self.data, self.parts, self.training, self.storage):
+            part.check()
         for name in self.activations:
             check_name("activation", name, ACTIVATIONS)
         form_named(self.form)
@@ -84,14 +95,18 @@ class Config(Storage, Training, Parts, Data):
         """Every activation as it is and normalized, with what its factor is multiplied by, at no particular rate."""
         forms = [(name, 1.0) for name in self.activations]
         forms += [(f"n{name}", scale) for name in self.activations for scale in self.scales]
-        settings = form_settings(form_named(self.form))
-        return [(Recipe.part_of(self, norm="none", activation=name, **settings), scale) for name, scale in forms]
+        form = FormSettings.of(form_named(self.form))
+
+        def recipe(name: str) -> Recipe:
+            return Recipe(self.data, Network(self.model, name, "none", form, self.parts), self.training)
+
+        return [(recipe(name), scale) for name, scale in forms]
 
 
 class Scaled(nn.Module):
     """A layer times a constant."""
 
-    layer: Layer
+    layer: LayerFunction
     scale: float
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -112,13 +127,13 @@ def network_of(recipe: Recipe, variation: str, dataset: Dataset) -> nn.Module:
     Raises:
         ValueError: there is no such variation, or as `make_network` raises.
     """
-    layers = for_ensemble(layers_of(recipe))
+    layers = for_ensemble(layers_of(recipe.network))
     if variation.startswith(_FACTOR):
         act, scale = layers.act, float(variation.removeprefix(_FACTOR))
         layers = layers._replace(act=lambda inference: Scaled(act(inference), scale))
     elif variation:
         raise not_run_today(variation)
-    return make_network(recipe, dataset, layers)
+    return make_network(recipe.network, dataset, layers)
 
 
 class Point(NamedTuple):
@@ -136,9 +151,9 @@ def main() -> int:
     config = settings_of(Config)
     try:
         config.check()
-        check_devices(config.batch_size)
-        dataset = config.load(config)
-        config.check_batch(dataset)
+        check_devices(config.training.batch_size)
+        dataset = config.data.load(config.storage)
+        config.training.check_batch(dataset)
         networks = config.networks()
         results = Results(config.workdir / "results.jsonl")
     except (DataError, ValueError, OSError) as error:
@@ -165,22 +180,22 @@ def measure_point(recipe: Recipe, scale: float, config: Config, dataset: Dataset
         ]
         for rate in config.learning_rates
     }
-    run_cells(itertools.chain(*cells.values()), results, Storage.part_of(config), network_of)
+    run_cells(itertools.chain(*cells.values()), results, config.storage, network_of)
     start = float(np.log(dataset.classes))  # the loss of guessing, and what a diverged epoch counts as
 
     def mean_loss(rate: float) -> float:
         curves = [outcome["curve"] for cell in cells[rate] if (outcome := results.get(cell))]
         losses = [[min(record["train_loss"], start) for record in curve] for curve in curves]
-        return float(np.mean([row + [start] * (config.epochs - len(row)) for row in losses]))
+        return float(np.mean([row + [start] * (config.training.epochs - len(row)) for row in losses]))
 
     rate = min(config.learning_rates, key=mean_loss)
-    return Point(recipe.activation, scale, distance_from_one(recipe, scale, dataset), mean_loss(rate), rate)
+    return Point(recipe.network.activation, scale, distance_from_one(recipe, scale, dataset), mean_loss(rate), rate)
 
 
 def distance_from_one(recipe: Recipe, scale: float, dataset: Dataset) -> float:
     """|log forward gain| + |log backward gain|, in the mean over layers, at initialization on one training batch."""
     model = network_of(recipe, _variation(scale), dataset)
-    images = jnp.asarray(next(training_batches(dataset, recipe.batch_size, seed=0, epochs=1)).images)
+    images = jnp.asarray(next(training_batches(dataset, recipe.training.batch_size, seed=0, epochs=1)).images)
     variables = model.init(jax.random.key(0), images, train=True)
     # The first batch replaces the prior in the running statistics, so that inference then uses this batch's own.
     _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])

@@ -25,7 +25,7 @@ from tyro.conf import arg
 from anact_jax import Activation, Standardized, tempered
 from anact_jax.gaussian import gaussian_stats
 from anact_jax.linen import ANAct
-from experiments.config import Data, Recipe, Storage
+from experiments.config import Recipe, Storage, changed
 from experiments.data import DataError, Dataset
 from experiments.data.sets import mnist1d, with_subset
 from experiments.networks import Layers, make_layers, make_model
@@ -57,7 +57,7 @@ SIGNALS = {"choice": 1001}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Storage):
+class Config:
     """Trains networks of many depths with normalized activations of several output deviations.
 
     The deviations are those at which the sum over the layers of `nu` equals a budget, and multiples of them. What is
@@ -69,6 +69,7 @@ class Config(Storage):
     """sum of nu over the layers, at which the middle one of the deviations stands"""
     workdir: Path = Path("experiments/results/depth")
     """folder for the results"""
+    storage: Storage = Storage()
 
 
 class Place(NamedTuple):
@@ -141,7 +142,8 @@ def places(part: str) -> list[Place]:
 def recipe_of(place: Place, part: str) -> Recipe:
     """The recipe of a curve, as in the study of the default form."""
     signals = place.dataset == "mnist1d"
-    return Recipe(
+    return changed(
+        Recipe(),
         dataset=place.dataset,
         model=place.model,
         activation="nswish",  # stands for the activation, which `variation` names
@@ -164,7 +166,7 @@ def cells_of(
     variation = place.activation + (f", signals of seed {SIGNALS[part]}" if place.dataset == "mnist1d" else "")
     return [
         Cell(
-            dataclasses.replace(recipe, std=form.std, tempering=form.tempering, learning_rate=rate, seed=seed),
+            changed(recipe, std=form.std, tempering=form.tempering, learning_rate=rate, seed=seed),
             on_test=True,
             variation=variation,
         )
@@ -238,9 +240,9 @@ def splits_of(place: Place, part: str, storage: Storage) -> Splits:
     recipe = recipe_of(place, part)
     if place.dataset == "mnist1d":
         whole = mnist1d(SIGNALS[part])
-        chosen_on = with_subset(whole, train=recipe.train_images, validation=recipe.validation_images)
+        chosen_on = with_subset(whole, train=recipe.data.train_images, validation=recipe.data.validation_images)
         return Splits(chosen_on, dataclasses.replace(chosen_on, test=whole.test))
-    data = Data.part_of(recipe)
+    data = recipe.data
     test = dataclasses.replace(data, train_images=None, validation_images=0).load(storage).test
     chosen_on = data.load(storage)
     return Splits(chosen_on, dataclasses.replace(chosen_on, test=test))
@@ -259,9 +261,9 @@ def run_curve(place: Place, part: str, budget: float, results: Results, storage:
         cells = [cell for cell in cells if results.get(cell) is None]
         if not cells:
             return
-        chosen = [Standardized(std=cell.recipe.std, tempering=cell.recipe.tempering) for cell in cells]
+        chosen = [form for cell in cells if isinstance(form := cell.recipe.network.form.chosen, Standardized)]
         began = time.perf_counter()
-        steps = with_forms(make_steps(model, cells[0].recipe, data.chosen_on, together=True), f, chosen)
+        steps = with_forms(make_steps(model, cells[0].recipe.training, data.chosen_on, together=True), f, chosen)
         outcomes = train_together(steps, data, cells)
         for cell, outcome in zip(cells, outcomes, strict=True):
             results.add(cell, outcome | {"seconds": rounded((time.perf_counter() - began) / len(cells))})
@@ -296,7 +298,7 @@ def main() -> int:
     """Runs the program and returns its exit status."""
     config = settings_of(Config)
     try:
-        config.check()
+        config.storage.check()
         if config.part not in SIGNALS:
             raise ValueError(f"part must be one of {', '.join(SIGNALS)}, got {config.part!r}")
         results = Results(config.workdir / "results.jsonl")
@@ -306,7 +308,7 @@ def main() -> int:
     try:
         for number, place in enumerate(todo, start=1):
             print(f"{number}/{len(todo)} {' '.join(place)}:", end=" ", flush=True)
-            print(run_curve(place, config.part, config.budget, results, Storage.part_of(config)), flush=True)
+            print(run_curve(place, config.part, config.budget, results, config.storage), flush=True)
     except KeyboardInterrupt:
         return fail("interrupted; what is finished is kept, the same command goes on", INTERRUPTED)
     return 0

@@ -43,9 +43,15 @@ def training(
     """
     orders = seeds if orders is None else orders
     state = steps.create(jnp.array(seeds), jnp.array(rates))
-    augmentation = recipe.augmentation(dataset)
+    augmentation = recipe.data.augmentation(dataset)
     batches = {
-        order: training_batches(dataset, recipe.batch_size, seed=order, epochs=recipe.epochs, augmentation=augmentation)
+        order: training_batches(
+            dataset,
+            recipe.training.batch_size,
+            seed=order,
+            epochs=recipe.training.epochs,
+            augmentation=augmentation,
+        )
         for order in set(orders)
     }
     for drawn in zip(*batches.values(), strict=True):

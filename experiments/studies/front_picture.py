@@ -16,7 +16,7 @@ from experiments.cli import BAD_SETTINGS, check_picture, fail, run_program, sett
 import matplotlib
 import numpy as np
 
-from experiments.config import Experiment, Recipe, Storage, check_at_least
+from experiments.config import Recipe, Storage, changed, check_at_least
 from experiments.data import DataError
 from experiments.studies.grid import Cell, Results, run_cells
 from experiments.studies.rivals import network_of
@@ -36,7 +36,7 @@ RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Storage):
+class Config:
     """Trains one network with Swish in three ways, at every learning rate, and draws how well each does.
 
     Test accuracy is shown at all learning rates: none is chosen. What is finished is kept in the workdir.
@@ -52,14 +52,15 @@ class Config(Storage):
     """folder for results.jsonl"""
     output: Path = Path("docs/pictures/front.png")
     """the picture"""
+    storage: Storage = Storage()
 
     def recipe(self, side: str) -> Recipe:
         """The settings of a side, at no particular learning rate."""
-        return Recipe(model=self.model, epochs=self.epochs, **SIDES[side])
+        return changed(Recipe(), model=self.model, epochs=self.epochs, **SIDES[side])
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        super().check()
+        self.storage.check()
         check_at_least(1, "seeds", self.seeds)
         for side in SIDES:
             self.recipe(side).check()
@@ -92,20 +93,19 @@ def measure(config: Config, side: str, results: Results) -> np.ndarray:
         ]
         for rate in RATES
     ]
-    run_cells([cell for row in cells for cell in row], results, Storage.part_of(config), network_of)
+    run_cells([cell for row in cells for cell in row], results, config.storage, network_of)
     outcomes = [[results.get(cell) for cell in row] for row in cells]
     return np.array([[outcome["test_accuracy"] for outcome in row if outcome] for row in outcomes])
 
 
 def draw(config: Config, accuracies: Mapping[str, np.ndarray]) -> None:
     """Draws the mean over seeds, with the range of all, and the gradients before training."""
-    dataset = Recipe().load(config)
+    dataset = Recipe().data.load(config.storage)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for (side, values), color in zip(accuracies.items(), ("tab:red", "tab:gray", "tab:blue"), strict=True):
         left.plot(RATES, values.mean(axis=1), "o-", color=color, label=side)
         left.fill_between(RATES, values.min(axis=1), values.max(axis=1), color=color, alpha=0.2)
-        run = Experiment.part_of(config.recipe(side))
-        sizes = [float(row.gradient) for row in gradients_at_the_start(run, dataset)]
+        sizes = [float(row.gradient) for row in gradients_at_the_start(config.recipe(side), dataset)]
         right.plot(range(1, len(sizes)), sizes[:-1], "o-", markersize=3, color=color, label=side)
     left.set(xscale="log", ylim=(0, 1), xlabel="learning rate", ylabel="accuracy on test images")
     left.set_title(f"{config.seeds} runs at each learning rate")

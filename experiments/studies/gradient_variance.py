@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, PyTree
 from anact_jax import ACTIVATIONS, Activation, FactorAndShift, Stats, diagnostics
 from anact_jax.diagnostics import LayerPass
 from anact_jax.theory import Layer, Variances, linear, plain, propagate
-from experiments.config import Recipe, check_at_least, check_positive
+from experiments.config import Data, Recipe, Training, check_at_least, check_positive
 from experiments.data import Batch, Dataset, load
 from experiments.data.pipeline import standardize
 from experiments.forms import form_named
@@ -80,9 +80,8 @@ class Config:
         """How the networks are trained, for at least the steps asked for."""
         per_epoch = len(dataset.train) // self.batch_size
         epochs = max(1, -(-max(self.steps) // per_epoch))
-        return Recipe(
-            epochs=epochs, batch_size=self.batch_size, warmup_epochs=0.0, momentum=0.0, weight_decay=0.0, augment=False
-        )
+        training = Training(epochs, self.batch_size, warmup_epochs=0.0, momentum=0.0, weight_decay=0.0)
+        return Recipe(Data(augment=False), training=training)
 
     def check(self, dataset: Dataset) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
@@ -141,7 +140,7 @@ def study(name: str, config: Config, dataset: Dataset) -> Result:
     model = MLP(layers, dataset.classes, config.depth, config.width)
     seeds, rates = list(range(config.seeds)), [config.learning_rate] * config.seeds
     recipe, last = config.recipe(dataset), max(config.steps)
-    compiled = make_steps(model, recipe, dataset, together=True)
+    compiled = make_steps(model, recipe.training, dataset, together=True)
     trained = training(compiled, dataset, recipe, seeds, rates, orders=[0] * config.seeds)
 
     images, labels = dataset.train.fetch(np.arange(config.batch_size))

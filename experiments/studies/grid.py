@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from experiments.config import LAST_WITH_CLOSED_FORM, Data, Recipe, Storage, with_added
+from experiments.config import LAST_WITH_CLOSED_FORM, Data, Recipe, Storage, as_today
 from experiments.data import Dataset
 from experiments.studies.ensemble import training
 from experiments.training.loop import evaluate
@@ -43,7 +43,7 @@ class Cell(NamedTuple):
     @property
     def settings(self) -> dict[str, Any]:
         """All that the outcome depends on."""
-        return self.recipe.recipe | {"on_test": self.on_test, "variation": self.variation}
+        return self.recipe.key | {"on_test": self.on_test, "variation": self.variation}
 
     @property
     def key(self) -> str:
@@ -79,7 +79,7 @@ class Results:
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
-                settings = with_added(record["cell"], path)
+                settings = as_today(record["cell"], path)
                 self._outcomes[json.dumps(settings, sort_keys=True)] = record["outcome"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: not a finished cell; remove that line") from error
@@ -134,10 +134,10 @@ class Splits(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _compiled(recipe: Recipe, variation: str, storage: Storage, network_of: NetworkOf) -> tuple[Splits, Steps]:
-    data = _splits(Data.part_of(recipe), storage)
+    data = _splits(recipe.data, storage)
     # All runs in one program: on two cores 18 runs of mlp10 on the digits train 4.6 times as fast as one by one.
     model = network_of(recipe, variation, data.chosen_on)
-    return data, make_steps(model, recipe, data.chosen_on, together=True)
+    return data, make_steps(model, recipe.training, data.chosen_on, together=True)
 
 
 @functools.lru_cache(maxsize=1)
@@ -151,7 +151,7 @@ def train_together(steps: Steps, data: Splits, cells: list[Cell]) -> list[Outcom
     """Trains all runs in one program, and measures them after each epoch."""
     recipe = cells[0].recipe
     seeds, rates = ([getattr(cell.recipe, name) for cell in cells] for name in ("seed", "learning_rate"))
-    per_epoch = steps_per_epoch(recipe, data.chosen_on)
+    per_epoch = steps_per_epoch(recipe.training, data.chosen_on)
     curves: list[list[Record]] = [[] for _ in cells]
     losses = []
     for step, (now, metrics) in enumerate(training(steps, data.chosen_on, recipe, seeds, rates), start=1):
@@ -160,13 +160,13 @@ def train_together(steps: Steps, data: Splits, cells: list[Cell]) -> list[Outcom
         if step % per_epoch == 0:
             train_loss = np.mean(jax.device_get(losses), axis=0).tolist()
             losses = []
-            measured = evaluate(steps, state, data.chosen_on, recipe.batch_size)
+            measured = evaluate(steps, state, data.chosen_on, recipe.training.batch_size)
             by_run = zip(curves, train_loss, measured["loss"].tolist(), measured["accuracy"].tolist(), strict=True)
             for curve, *values in by_run:
                 curve.append(_record(step / per_epoch, *values))
     test: list[float | None] = [None] * len(cells)
     if any(cell.on_test for cell in cells):
-        test = evaluate(steps, state, data.judged_on, recipe.batch_size)["accuracy"].tolist()
+        test = evaluate(steps, state, data.judged_on, recipe.training.batch_size)["accuracy"].tolist()
     finite = [[record for record in curve if np.isfinite(record["train_loss"])] for curve in curves]
     return [
         _outcome(kept, data.judged_on.classes, len(kept) < len(curve), accuracy, cell.on_test)

@@ -15,23 +15,23 @@ from experiments.cli import BAD_SETTINGS, fail, run_program, settings_of, table_
 from tyro.conf import arg
 
 from experiments import train_resnet
-from experiments.config import Experiment, Storage, check_at_least
-from experiments.networks import check_name
+from experiments.config import Dtype, Experiment, Storage, changed, check_at_least
+from experiments.networks import ModelName, check_name
 from experiments.recipes import RECIPES
 from experiments.studies.intervals import Interval
 from experiments.training.checkpoints import silence_orbax
 from experiments.training.metrics import read_evaluations
 from experiments.training.processes import StopSignal
 
-_FASHION_MNIST = Experiment(
-    dataset="fashion_mnist", model="resnet18", epochs=8, batch_size=256, learning_rate=0.1, nesterov=True
+_FASHION_MNIST = changed(
+    Experiment(), dataset="fashion_mnist", model="resnet18", epochs=8, batch_size=256, learning_rate=0.1, nesterov=True
 )
 SETTINGS = MappingProxyType(
     {
         "tiny_imagenet": RECIPES["resnet50_tiny_imagenet"].config,
         "cifar100": RECIPES["resnet50_cifar100"].config,
         "fashion_mnist": _FASHION_MNIST,
-        "digits": Experiment(model="resnet20", epochs=15),
+        "digits": changed(Experiment(), model="resnet20", epochs=15),
     }
 )
 CLAIMED = MappingProxyType({"tiny_imagenet": 1.4, "cifar100": 1.2})
@@ -48,7 +48,7 @@ SIDES: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Storage):
+class Config:
     """Trains a network with Swish, plain and normalized, and prints the table of differences and what it says.
 
     Each run has a folder of its own; the same command goes on where it stopped. All sides have the recipe's learning
@@ -60,16 +60,17 @@ class Config(Storage):
     """runs of each side"""
     epochs: int | None = None
     """passes over the training data, by default the recipe's"""
-    model: str | None = None
+    model: ModelName | None = None
     """another network than the recipe's"""
-    dtype: str = "bfloat16"
-    """in which layers compute, float32 or bfloat16"""
+    dtype: Dtype = "bfloat16"
+    """in which layers compute"""
     workdir: Path = Path("paper")
     """folder for the runs"""
+    storage: Storage = Storage()
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be; each run checks the others."""
-        super().check()
+        self.storage.check()
         check_name("dataset", self.dataset, SETTINGS)
         check_at_least(1, "seeds", self.seeds)
 
@@ -78,10 +79,8 @@ class Config(Storage):
         base = SETTINGS[self.dataset]
         changes = {name: value for name in ("epochs", "model") if (value := getattr(self, name)) is not None}
         folder = f"{self.dataset}-{side.replace(', ', '-').replace(' ', '_')}-{seed}"
-        storage = dataclasses.asdict(Storage.part_of(self))
-        return dataclasses.replace(
-            base, **SIDES[side], **changes, **storage, dtype=self.dtype, seed=seed, workdir=self.workdir / folder
-        )
+        base = dataclasses.replace(base, storage=self.storage)
+        return changed(base, **SIDES[side], **changes, dtype=self.dtype, seed=seed, workdir=self.workdir / folder)
 
 
 def main() -> int:
@@ -109,11 +108,13 @@ def main() -> int:
 
 def final_accuracy(experiment: Experiment) -> float | None:
     """The test accuracy that a run ended with; None unless it is finished."""
-    assert experiment.workdir is not None
-    if not (experiment.workdir / "metrics.jsonl").exists():
+    assert experiment.run.workdir is not None
+    if not (experiment.run.workdir / "metrics.jsonl").exists():
         return None
-    records = read_evaluations(experiment.workdir)
-    return records[-1]["test_accuracy"] if records and records[-1]["epoch"] == experiment.epochs else None
+    records = read_evaluations(experiment.run.workdir)
+    return (
+        records[-1]["test_accuracy"] if records and records[-1]["epoch"] == experiment.recipe.training.epochs else None
+    )
 
 
 def report(dataset: str, accuracies: dict[str, list[float]]) -> str:

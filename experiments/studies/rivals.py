@@ -19,9 +19,9 @@ from anact_jax.linen import ANAct
 from experiments.config import Recipe
 from experiments.data import Dataset
 from experiments.networks import Join, Layers, Plain, on_each
-from experiments.networks.build import layers_of, make_network
 from experiments.studies.ensemble import conv_by_matmul, for_ensemble
 from experiments.studies.grid import not_run_today
+from experiments.training.build import layers_of, make_network
 
 DEEP_KERNEL_SHAPING = "Deep Kernel Shaping"
 TEMPERED_TO = 0.1  # limit of the nonlinearity, where it is tempered
@@ -133,32 +133,33 @@ class BlendedSum(nn.Module):
 
 
 def _shaped(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
-    shaped = deep_kernel_shaped(recipe.activation, depth_of(make_network(recipe, dataset, layers), dataset))
+    depth = depth_of(make_network(recipe.network, dataset, layers), dataset)
+    shaped = deep_kernel_shaped(recipe.network.activation, depth)
     join = BlendedSum(SHORTCUT_WEIGHT, math.sqrt(1 - SHORTCUT_WEIGHT**2))
     return layers._replace(act=lambda inference: Plain(shaped), join=lambda activations: join)
 
 
 def _tempered(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
-    fn = tempered(ACTIVATIONS[recipe.activation], TEMPERED_TO)
+    fn = tempered(ACTIVATIONS[recipe.network.activation], TEMPERED_TO)
     return layers._replace(act=lambda inference: Plain(fn))
 
 
 def _batch_norm_behind(recipe: Recipe, layers: Layers, dataset: Dataset, limit: float | None = None) -> Layers:
     """BatchNorm(f(x)), f tempered to a limit of its nonlinearity."""
-    fn = tempered(ACTIVATIONS[recipe.activation], limit)
-    norm = layers_of(dataclasses.replace(recipe, norm="batch")).norm
+    fn = tempered(ACTIVATIONS[recipe.network.activation], limit)
+    norm = layers_of(dataclasses.replace(recipe.network, norm="batch")).norm
     return layers._replace(act=lambda inference: nn.Sequential([Plain(fn), norm(inference)]))
 
 
 def _frozen(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
     """Normalized to deviation 1, with the statistics under N(0, 1) instead of the batch's."""
-    frozen = ANAct(ACTIVATIONS[recipe.activation], form=UNIT, use_running_average=True)
+    frozen = ANAct(ACTIVATIONS[recipe.network.activation], form=UNIT, use_running_average=True)
     return layers._replace(act=lambda inference: frozen.copy())
 
 
 def _normalizer_free(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
     """Kernels standardized, f by its deviation under N(0, 1), branches weighted by 0.2, as in Brock et al."""
-    fn = ACTIVATIONS[recipe.activation]
+    fn = ACTIVATIONS[recipe.network.activation]
     scale = UNIT.factor_and_shift(gaussian_stats(fn)).factor
     return layers._replace(
         conv=UnitKernel,
@@ -170,7 +171,7 @@ def _normalizer_free(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers
 
 def _magnitude_preserving(recipe: Recipe, layers: Layers, dataset: Dataset) -> Layers:
     """Kernels of unit norm, f by its mean square under N(0, 1), sums that keep the variance, as in EDM2."""
-    fn = ACTIVATIONS[recipe.activation]
+    fn = ACTIVATIONS[recipe.network.activation]
     scale = dataclasses.replace(UNIT, center=False).factor_and_shift(gaussian_stats(fn)).factor
     return _with_magnitudes_kept(recipe, layers, dataset)._replace(act=lambda inference: Plain(lambda x: scale * fn(x)))
 
@@ -213,10 +214,10 @@ def network_of(recipe: Recipe, variation: str, dataset: Dataset) -> nn.Module:
     Raises:
         ValueError: there is no such variation, or as `make_network` and `deep_kernel_shaped` raise.
     """
-    layers = for_ensemble(layers_of(recipe))
+    layers = for_ensemble(layers_of(recipe.network))
     known = {**VARIATIONS, **VARIATIONS_OF_FORMS}
     if variation in known:
         layers = known[variation](recipe, layers, dataset)
     elif variation:
         raise not_run_today(variation)
-    return make_network(recipe, dataset, layers)
+    return make_network(recipe.network, dataset, layers)

@@ -24,6 +24,7 @@ from experiments.training.steps import TrainState
 
 _SCORE = "test_accuracy"
 _SET_ASIDE = ".unreadable"
+_KEPT = 3  # of the latest checkpoints
 
 
 class CheckpointError(Exception):
@@ -73,7 +74,7 @@ class Position(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `checkpoints/` of its folder: the last `config.keep` and the best.
+    """The checkpoints of one run, in `checkpoints/` of its folder: the last three and the best.
 
     A checkpoint's number is twice its step, plus 1 once the network was evaluated there: the second is written beside
     the first, which is removed when it is whole. The first of a run is read back and compared before training goes on.
@@ -89,7 +90,7 @@ class Checkpoints:
         self._saved: int | None = None
         self._read_only = read_only
         policies = [
-            LatestN(config.keep),
+            LatestN(_KEPT),
             BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
         ]
         options = ocp.CheckpointManagerOptions(
@@ -111,7 +112,7 @@ class Checkpoints:
         number = _number(position)
         if number == self._saved:
             return
-        progress = position._replace(state=None)._asdict() | {"config": self._config.recipe}  # type: ignore[arg-type]
+        progress = position._replace(state=None)._asdict() | {"config": self._config.recipe.key}  # type: ignore[arg-type]
         scores = [record[_SCORE] for record in position.records if _SCORE in record]
         try:
             self._finish()
@@ -262,10 +263,10 @@ class Checkpoints:
         if other or not all(name.startswith(statistics) for name in missing):
             differing = "; ".join([*other, *(f"{name} none, now {wanted[name]}" for name in missing)][:5])
             raise ValueError(f"{where} is of another network: {differing}; give another --workdir")
-        if missing and not self._config.fresh_statistics:
+        if missing and not self._config.run.fresh_statistics:
             raise ValueError(
                 f"{where} lacks running statistics, {', '.join(missing[:3])}{', ...' if missing[3:] else ''}, which "
-                f"this network keeps (form {self._config.label}); --fresh-statistics starts them anew"
+                f"this network keeps (form {self._config.recipe.network.label}); --fresh-statistics starts them anew"
             )
         return missing
 

@@ -15,7 +15,7 @@ from experiments.data import Batch, Dataset, Shard, evaluation_batches, training
 from experiments.training.checkpoints import Checkpoints, Position
 from experiments.training.gains import Gains, factor_range
 from experiments.training.metrics import Record
-from experiments.training.steps import Steps, TrainState, layer_names, schedule_of, steps_per_epoch, taken
+from experiments.training.steps import Steps, TrainState, layer_names, steps_per_epoch
 
 _RECORDS_PER_EPOCH = 5
 
@@ -56,7 +56,7 @@ class Log(Protocol):
 def first_state(steps: Steps, config: Experiment) -> TrainState:
     """The state that training starts from, on every device."""
     replicated = NamedSharding(_mesh(), PartitionSpec())
-    state: TrainState = jax.jit(steps.create, out_shardings=replicated)(config.seed, config.learning_rate)
+    state: TrainState = jax.jit(steps.create, out_shardings=replicated)(config.recipe.seed, config.recipe.learning_rate)
     return state
 
 
@@ -80,98 +80,145 @@ def train(
         config: the settings.
         log: takes what is measured.
         start: where an interrupted run stood, by default the beginning. It is consumed.
-        checkpoints: takes where the run stands, after each epoch, every `config.save_every_steps` and on `stop`.
+        checkpoints: takes where the run stands, after each epoch, every `config.run.save_every_steps` and on `stop`.
         gains: measures what activations do to variance, after each evaluation.
         stop: asked after every step, and after every batch of an evaluation; in all processes the same.
         show_progress: with a bar.
 
     Raises:
-        BadStepError: a loss or gradient is infinite or NaN, unless `config.skip_bad_steps` has it left out.
+        BadStepError: a loss or gradient is infinite or NaN, unless `config.run.skip_bad_steps` has it left out.
         PreemptedError: `stop` said so.
         CheckpointError: a checkpoint could not be written.
     """
-    per_epoch = steps_per_epoch(config, dataset)
+    training = config.recipe.training
+    per_epoch = steps_per_epoch(training, dataset)
     over_devices = NamedSharding(_mesh(), PartitionSpec("data"))
-    position = start or Position(first_state(steps, config))
-    factors = jax.jit(lambda variables: factor_range(variables, config.chosen_form))
+    factors = jax.jit(lambda variables: factor_range(variables, config.recipe.network.form.chosen))
+    progress = Progress(start or Position(first_state(steps, config)), config, per_epoch, log, checkpoints, stop)
     batches = training_batches(
         dataset,
-        config.batch_size,
-        seed=config.seed,
-        epochs=config.epochs,
-        augmentation=config.augmentation(dataset),
+        training.batch_size,
+        seed=config.recipe.seed,
+        epochs=training.epochs,
+        augmentation=config.recipe.data.augmentation(dataset),
         shard=_shard(),
-        workers=config.workers,
-        start=position.step,
+        workers=config.storage.workers,
+        start=progress.position.step,
     )
-    every, schedule = max(1, per_epoch // _RECORDS_PER_EPOCH), schedule_of(config, per_epoch)
+    report_every, save_every = max(1, per_epoch // _RECORDS_PER_EPOCH), config.run.save_every_steps
 
-    def report(**values: float) -> None:
-        nonlocal position
-        progress: Record = {"step": position.step, "epoch": round(position.step / per_epoch, 4)}
-        record = progress | values
-        log.write(**record)
-        position = position._replace(records=(*position.records, record))
-
-    def check() -> None:
-        nonlocal position
-        try:
-            position = _checked(position, config)
-        except BadStepError as error:
-            if error.before:  # an early end leaves what was measured
-                position = position._replace(step=error.step - 1)
-                report(**_mean_of(error.before))
-            raise
-
-    def save() -> None:
-        if checkpoints is not None:
-            check()
-            checkpoints.save(position)
-
-    def heed() -> None:
-        if stop():
-            save()
-            if checkpoints is not None:
-                checkpoints.wait()
-            raise PreemptedError
-
-    for epoch in range(config.epochs):
+    for epoch in range(training.epochs):
         first, end = epoch * per_epoch, (epoch + 1) * per_epoch
+        left = max(0, end - progress.position.step)  # of this epoch, where an interrupted run goes on
         bar = tqdm(
-            itertools.islice(batches, max(0, end - position.step)),
+            itertools.islice(batches, left),
             total=per_epoch,
-            initial=min(per_epoch, max(0, position.step - first)),
-            desc=f"epoch {epoch + 1}/{config.epochs}",
+            initial=min(per_epoch, per_epoch - left),
+            desc=f"epoch {epoch + 1}/{training.epochs}",
             unit="step",
-            disable=not show_progress or position.step >= end or jax.process_index() > 0,
+            disable=not show_progress or left == 0 or jax.process_index() > 0,
         )
         for batch in bar:
-            state, metrics = steps.train(position.state, _placed(batch, over_devices))
-            position = position._replace(
-                state=state, step=position.step + 1, measured=False, recent=(*position.recent, metrics)
-            )
-            if (position.step - first) % every == 0 or position.step == end:
-                check()
-                values = _mean_of(position.recent)
-                values["learning_rate"] = config.learning_rate * float(schedule(taken(position.state) - 1))
-                position = position._replace(recent=())
-                spread = factors(position.state.variables)
+            # A step.
+            progress.add(*steps.train(progress.position.state, _placed(batch, over_devices)))
+            step = progress.position.step
+
+            # A report on the steps since the last one.
+            if (step - first) % report_every == 0 or step == end:
+                values = progress.take_recent()
+                spread = factors(progress.position.state.variables)
                 if spread is not None:
                     values["factor_min"], values["factor_max"] = (float(value) for value in spread)
-                report(**values)
-                bar.set_postfix_str(_summary(_latest_test(position) | values))
-            if config.save_every_steps and position.step % config.save_every_steps == 0 and position.step < end:
-                save()
-            heed()
-        if position.step == end and not position.measured:
-            measured = evaluate(steps, position.state, dataset, config.batch_size, over_devices, heed)
+                progress.report(values)
+                bar.set_postfix_str(_summary(_latest_test(progress.position) | values))
+
+            # A checkpoint within the epoch, and the end where it was asked for.
+            if save_every and step % save_every == 0 and step < end:
+                progress.save()
+            progress.end_if_asked()
+
+        # The evaluation, and the checkpoint after the epoch.
+        if progress.position.step == end and not progress.position.measured:
+            state = progress.position.state
+            measured = evaluate(steps, state, dataset, training.batch_size, over_devices, progress.end_if_asked)
             values = {f"test_{name}": float(value) for name, value in measured.items()}
-            for row in gains(position.state.evaluated) if gains else ():
+            for row in gains(state.evaluated) if gains else ():
                 values |= {f"gain_{way}/{row.name}": float(getattr(row, way)) for way in ("forward", "backward")}
-            report(**values)
-            position = position._replace(measured=True)
-            save()
-    return position.state, _latest_test(position)["test_accuracy"]
+            progress.report(values, evaluated=True)
+            progress.save()
+    return progress.position.state, _latest_test(progress.position)["test_accuracy"]
+
+
+class Progress:
+    """Where a run stands while it goes on, and what it has reported.
+
+    Attributes:
+        position: all that has to be saved of it.
+    """
+
+    def __init__(
+        self,
+        position: Position,
+        config: Experiment,
+        per_epoch: int,
+        log: Log,
+        checkpoints: Checkpoints | None,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.position = position
+        self._config, self._per_epoch = config, per_epoch
+        self._log, self._checkpoints, self._stop = log, checkpoints, stop
+
+    def add(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        """Goes on by a step."""
+        recent = (*self.position.recent, metrics)
+        self.position = self.position._replace(state=state, step=self.position.step + 1, measured=False, recent=recent)
+
+    def take_recent(self) -> dict[str, float]:
+        """What the steps since the last report come to.
+
+        Raises:
+            BadStepError: see `check`.
+        """
+        self.check()
+        values = _summed_up(self.position.recent)
+        self.position = self.position._replace(recent=())
+        return values
+
+    def report(self, values: dict[str, float], *, evaluated: bool = False) -> None:
+        """Writes a record to the log; `evaluated` says that it is of the whole test split."""
+        step = self.position.step
+        record: Record = {"step": step, "epoch": round(step / self._per_epoch, 4), **values}
+        self._log.write(**record)
+        self.position = self.position._replace(records=(*self.position.records, record), measured=evaluated)
+
+    def check(self) -> None:
+        """Fetches the recent metrics from the devices.
+
+        Raises:
+            BadStepError: a step was not sound, and the settings do not leave it out.
+        """
+        try:
+            self.position = _checked(self.position, skip_bad_steps=self._config.run.skip_bad_steps)
+        except BadStepError as error:
+            if error.before:  # an early end leaves what was measured
+                self.position = self.position._replace(step=error.step - 1)
+                self.report(_summed_up(error.before))
+            raise
+
+    def save(self) -> None:
+        """Saves a checkpoint, if there are any; raises as `check` and `Checkpoints.save` do."""
+        if self._checkpoints is not None:
+            self.check()
+            self._checkpoints.save(self.position)
+
+    def end_if_asked(self) -> None:
+        """Raises PreemptedError, when all is saved, if the run was asked to stop."""
+        if self._stop():
+            self.save()
+            if self._checkpoints is not None:
+                self._checkpoints.wait()
+            raise PreemptedError
 
 
 def evaluate(
@@ -180,16 +227,16 @@ def evaluate(
     dataset: Dataset,
     batch_size: int,
     sharding: Sharding | None = None,
-    heed: Callable[[], None] = lambda: None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Mean loss and accuracy over the test examples, each counted once; of every run, where there are several.
 
-    `heed` is called after every batch.
+    `after_batch` is called after every batch.
     """
     sums = []
     for batch in evaluation_batches(dataset, batch_size, shard=_shard()):
         sums.append(jax.device_get(steps.evaluate(state, _placed(batch, sharding))))
-        heed()
+        after_batch()
     loss, correct, count = (np.sum([s[name] for s in sums], axis=0) for name in ("loss", "correct", "count"))
     return {"loss": loss / count, "accuracy": correct / count}
 
@@ -209,16 +256,16 @@ def _placed(batch: Batch, sharding: Sharding | None) -> Batch:
     return Batch(*(jax.make_array_from_process_local_data(sharding, part) for part in batch))
 
 
-def _checked(position: Position, config: Experiment) -> Position:
+def _checked(position: Position, *, skip_bad_steps: bool) -> Position:
     """The same with recent metrics fetched from the devices; a step left out keeps none.
 
     Raises:
-        BadStepError: a step was not sound and `config` does not leave it out.
+        BadStepError: a step was not sound, and such steps are not left out.
     """
     recent: list[dict[str, Any]] = []
     for step, metrics in enumerate(jax.device_get(position.recent), start=position.step - len(position.recent) + 1):
         sound = bool(metrics["sound"])
-        if not sound and not config.skip_bad_steps:
+        if not sound and not skip_bad_steps:
             layers = layer_names(position.state.params)
             each = zip(layers, metrics["sound_gradient"], strict=True)
             bad = list(dict.fromkeys(name for name, good in each if not good))
@@ -229,15 +276,18 @@ def _checked(position: Position, config: Experiment) -> Position:
                 position.state.variables,
                 tuple(recent),
             )
-        values = {name: float(metrics[name]) for name in ("loss", "accuracy")} if sound else {}
+        names = metrics.keys() & {"loss", "accuracy", "learning_rate"} if sound else set()
+        values = {name: float(metrics[name]) for name in sorted(names)}
         recent.append({"sound": sound, **values})
     return position._replace(recent=tuple(recent))
 
 
-def _mean_of(recent: tuple[dict[str, Any], ...]) -> dict[str, float]:
-    """Means over the steps that were not left out, and the number of those that were, if any."""
+def _summed_up(recent: tuple[dict[str, Any], ...]) -> dict[str, float]:
+    """Means over the steps that were not left out, the last learning rate, and the number of the others, if any."""
     sound = [metrics for metrics in recent if metrics["sound"]]
     values = {f"train_{name}": float(np.mean([m[name] for m in sound])) for name in ("loss", "accuracy") if sound}
+    if sound and "learning_rate" in sound[-1]:  # checkpoints of before have none
+        values["learning_rate"] = sound[-1]["learning_rate"]
     return values | ({"steps_left_out": float(len(recent) - len(sound))} if len(sound) < len(recent) else {})
 
 

@@ -23,11 +23,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 def connect(config: Experiment) -> None:
     """Waits for the other processes, if there are any; to be called before JAX computes anything. Once is enough."""
-    if config.processes > 1 and not jax.distributed.is_initialized():
+    if config.run.processes > 1 and not jax.distributed.is_initialized():
         jax.distributed.initialize(
-            config.coordinator,
-            config.processes,
-            config.process,
+            config.run.coordinator,
+            config.run.processes,
+            config.run.process,
             heartbeat_timeout_seconds=_SILENCE,
             shutdown_timeout_seconds=_SILENCE,
         )

@@ -1,6 +1,5 @@
 """Finished runs of train_resnet.py, read back, and what their layers did."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -13,9 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from anact_jax.diagnostics import LayerVariances, variances
 from experiments.cli import say
-from experiments.config import Experiment, read_experiment
+from experiments.config import Experiment, changed, read_experiment
 from experiments.data import Dataset
-from experiments.networks.build import make_network
+from experiments.training.build import make_network
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.steps import TrainState, make_steps
 
@@ -55,10 +54,10 @@ def load_run(workdir: Path, *, data_dir: Path | None = None, best: bool = False)
     """
     config = read_experiment(workdir)
     if data_dir is not None:
-        config = dataclasses.replace(config, data_dir=data_dir)
+        config = changed(config, data_dir=data_dir)
     dataset = config.load_data()
-    model = make_network(config, dataset)
-    initial = make_steps(model, config, dataset).create(config.seed, config.learning_rate)
+    model = make_network(config.recipe.network, dataset)
+    initial = make_steps(model, config.recipe.training, dataset).create(config.recipe.seed, config.recipe.learning_rate)
     with Checkpoints(workdir, config, read_only=True) as checkpoints:
         position = checkpoints.restore(initial, say, best=best)
     if position is None:

@@ -55,8 +55,8 @@ class Steps(NamedTuple):
 
     Attributes:
         create: seed and learning rate -> fresh state.
-        train: state, which is consumed, and batch -> next state and metrics: loss, accuracy, and unless it is for
-            runs `together`, `sound` and `sound_gradient`, as `make_train_step` says.
+        train: state, which is consumed, and batch -> next state and metrics: loss, accuracy, learning rate, and
+            unless it is for runs `together`, `sound` and `sound_gradient`, as `make_train_step` says.
         evaluate: state and batch -> sums over the batch's valid examples: loss, correct, count.
     """
 
@@ -65,53 +65,54 @@ class Steps(NamedTuple):
     evaluate: Callable[[TrainState, Batch], Metrics]
 
 
-def make_steps(model: nn.Module, recipe: Training, dataset: Dataset, *, together: bool = False) -> Steps:
+def make_steps(model: nn.Module, training: Training, dataset: Dataset, *, together: bool = False) -> Steps:
     """The compiled functions; with `together` they take and give a leading axis of runs (`evaluate`: for one batch)."""
-    optimizer = make_optimizer(recipe, steps_per_epoch(recipe, dataset))
-    create: Any = functools.partial(create_state, model, optimizer, dataset.train.shape, averaged=recipe.ema > 0)
-    train, evaluate = make_train_step(model, optimizer, recipe, guarded=not together), make_eval_step(model)
+    schedule = schedule_of(training, steps_per_epoch(training, dataset))
+    optimizer = make_optimizer(training, schedule)
+    create: Any = functools.partial(create_state, model, optimizer, dataset.train.shape, averaged=training.ema > 0)
+    train, evaluate = make_train_step(model, optimizer, schedule, training, guarded=not together), make_eval_step(model)
     if together:
         create, train, evaluate = jax.vmap(create), jax.vmap(train), jax.vmap(evaluate, (0, None))
     return Steps(jax.jit(create), jax.jit(train, donate_argnums=0), jax.jit(evaluate))
 
 
-def steps_per_epoch(recipe: Training, dataset: Dataset) -> int:
+def steps_per_epoch(training: Training, dataset: Dataset) -> int:
     """Full batches in the training data."""
-    return len(dataset.train) // recipe.batch_size
+    return len(dataset.train) // training.batch_size
 
 
-def schedule_of(recipe: Training, steps_per_epoch: int) -> optax.Schedule:
+def schedule_of(training: Training, steps_per_epoch: int) -> optax.Schedule:
     """The learning rate at each step, counted from 0, as a part of its peak."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=1.0,
-        warmup_steps=round(min(recipe.warmup_epochs, recipe.epochs / 2) * steps_per_epoch),
-        decay_steps=recipe.epochs * steps_per_epoch,
+        warmup_steps=round(min(training.warmup_epochs, training.epochs / 2) * steps_per_epoch),
+        decay_steps=training.epochs * steps_per_epoch,
     )
 
 
-def taken(state: TrainState) -> int:
+def taken(state: TrainState) -> Int[Array, ""]:
     """Steps that the optimizer has taken: those that were not left out."""
-    return int(optax.tree.get_all_with_path(state.opt_state, "count")[0][1])
+    count: Array = optax.tree.get_all_with_path(state.opt_state, "count")[0][1]
+    return count
 
 
-def make_optimizer(recipe: Training, steps_per_epoch: int) -> optax.GradientTransformation:
+def make_optimizer(training: Training, schedule: optax.Schedule) -> optax.GradientTransformation:
     """SGD with momentum, or Adam; clipping, weight decay on kernels, under a linear rise and a cosine fall.
 
     Its peak learning rate is 1; the training step multiplies by the state's, so that one compiled
     step serves all learning rates.
     """
-    schedule = schedule_of(recipe, steps_per_epoch)
 
     def kernels(params: PyTree[Array]) -> PyTree[bool]:
         return jax.tree.map(lambda parameter: parameter.ndim > 1, params)
 
-    method = optax.adam(schedule, b1=recipe.momentum) if recipe.optimizer == "adam" else None
-    clip = [] if recipe.clip_norm is None else [optax.clip_by_global_norm(recipe.clip_norm)]
+    method = optax.adam(schedule, b1=training.momentum) if training.optimizer == "adam" else None
+    clip = [] if training.clip_norm is None else [optax.clip_by_global_norm(training.clip_norm)]
     return optax.chain(
         *clip,
-        optax.add_decayed_weights(recipe.weight_decay, mask=kernels),
-        method or optax.sgd(schedule, momentum=recipe.momentum, nesterov=recipe.nesterov),
+        optax.add_decayed_weights(training.weight_decay, mask=kernels),
+        method or optax.sgd(schedule, momentum=training.momentum, nesterov=training.nesterov),
     )
 
 
@@ -138,13 +139,14 @@ def create_state(
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
-    recipe: Training = _PLAINLY,
+    schedule: optax.Schedule,
+    training: Training = _PLAINLY,
     *,
     guarded: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One step: forward, backward, update of parameters and running statistics.
 
-    With the recipe's mixup, label smoothing and average; its optimizer is `optimizer`.
+    With mixup, label smoothing and average as `training` says; its optimizer is `optimizer`.
     Compiled over sharded batches, every mean is global, those of the statistics too.
 
     Guarded, a step whose loss, gradient or next state is not finite changes nothing but the number of steps. The
@@ -155,14 +157,14 @@ def make_train_step(
     def loss(params: PyTree[Array], state: TrainState, batch: Batch) -> tuple[Array, tuple[Array, PyTree[Array]]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         images, labels, weight = jnp.asarray(batch.images), jnp.asarray(batch.labels), None
-        if recipe.mixup:
+        if training.mixup:
             key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-            weight = jax.random.beta(key, recipe.mixup, recipe.mixup, dtype=images.dtype)
+            weight = jax.random.beta(key, training.mixup, training.mixup, dtype=images.dtype)
             images = weight * images + (1 - weight) * images[::-1]  # batches come shuffled: any other will do
         logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        losses = _cross_entropy(logits, labels, recipe.label_smoothing)
+        losses = _cross_entropy(logits, labels, training.label_smoothing)
         if weight is not None:
-            of_others = _cross_entropy(logits, labels[::-1], recipe.label_smoothing)
+            of_others = _cross_entropy(logits, labels[::-1], training.label_smoothing)
             losses = weight * losses + (1 - weight) * of_others
         return jnp.mean(losses), (logits, updates.get("batch_stats", {}))
 
@@ -171,10 +173,14 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         updates = jax.tree.map(lambda update: state.learning_rate.astype(update.dtype) * update, updates)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, "accuracy": jnp.mean(_correct(logits, batch), dtype=jnp.float32)}
+        metrics = {
+            "loss": value,
+            "accuracy": jnp.mean(_correct(logits, batch), dtype=jnp.float32),
+            "learning_rate": state.learning_rate * jnp.asarray(schedule(taken(state)), jnp.float32),
+        }
         new = state._replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
-        if recipe.ema:
-            new = new._replace(average=_averaged(new, recipe.ema))
+        if training.ema:
+            new = new._replace(average=_averaged(new, training.ema))
         if guarded:
             metrics["sound_gradient"] = _finite(gradient)
             sound = jnp.isfinite(value) & jnp.all(metrics["sound_gradient"]) & jnp.all(_finite(new))

@@ -17,15 +17,14 @@ def layers_of(network: Network) -> Layers:
     Raises:
         ValueError: a name is unknown.
     """
+    parts = network.parts
     return make_layers(
         network.activation,
         network.norm,
-        init=network.init,
-        norm_momentum=network.norm_momentum,
-        group_size=network.group_size,
-        dtype=None if network.dtype == "float32" else network.dtype,
-        form=network.chosen_form,
-        momentum=network.activation_momentum,
+        init=parts.init,
+        dtype=None if parts.dtype == "float32" else parts.dtype,
+        form=network.form.chosen,
+        momentum=parts.activation_momentum,
     )
 
 
@@ -40,7 +39,7 @@ def make_network(network: Network, dataset: Dataset, layers: Layers | None = Non
     Raises:
         ValueError: a name is unknown, or its layers do not fit together, or not with the images.
     """
-    model = make_model(network.model, layers or layers_of(network), dataset.classes, network.stem)
+    model = make_model(network.model, layers or layers_of(network), dataset.classes, network.parts.stem)
     images = jnp.zeros((1, *dataset.train.shape))
     jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
     return model
