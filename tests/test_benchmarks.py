@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -7,6 +6,7 @@ import pytest
 from anact_jax import Standardized
 from experiments.benchmarks import cost, operation, scaling, training_step
 from experiments.benchmarks.measuring import Spread, ratios, seconds
+from experiments.config import changed
 
 
 def test_cases_are_timed_in_turn_and_compared_round_by_round():
@@ -59,7 +59,7 @@ def test_bad_settings_of_the_cost_are_named(arguments, named, refused):
 @pytest.mark.slow
 def test_a_training_step_goes_on_from_the_last_one_and_its_compilation_is_measured(standard_promotion):
     network = training_step.NETWORKS["mlp30"]
-    network = network._replace(config=dataclasses.replace(network.config, model="mlp5"), image=(8, 8, 1))
+    network = network._replace(recipe=changed(network.recipe, model="mlp5"), image=(8, 8, 1))
     program = training_step.compiled(network, "NSwish", 8)
     losses = [float(program.call()["loss"]) for _ in range(4)]
     assert losses[-1] < losses[0]

@@ -360,7 +360,9 @@ def test_another_network_is_refused(interrupted):
 def test_statistics_that_a_checkpoint_lacks_start_anew_only_when_asked_for(tmp_path):
     plain = changed(SETTINGS, activation="swish")
     normalized = changed(SETTINGS, activation="nswish", epochs=2)
-    old, new = (make_steps(small_model(c.activation), c.recipe.training, DATASET) for c in (plain, normalized))
+    old, new = (
+        make_steps(small_model(c.recipe.network.activation), c.recipe.training, DATASET) for c in (plain, normalized)
+    )
     with pytest.raises(PreemptedError):
         go_on(old, tmp_path, plain, stop=stop_at(20))
     with pytest.raises(ValueError, match="activation 'swish', now 'nswish'"):

@@ -30,7 +30,6 @@ SETTINGS = [
     "--batch-size=64",
     "--train-images=512",
     "--save-every-steps=1",
-    "--keep=2",
 ]
 STEPS = 32
 LEADER = (  # runs a command as the leader of a session with the terminal that it reads from

@@ -24,7 +24,14 @@ from experiments.recipes import RECIPES
 from experiments.training.loop import DivergenceError, train
 from experiments.training.metrics import MetricsLog, draw_learning_curves, read_metrics
 from experiments.training.processes import only_process_in
-from experiments.training.steps import create_state, make_eval_step, make_optimizer, make_steps, make_train_step
+from experiments.training.steps import (
+    create_state,
+    make_eval_step,
+    make_optimizer,
+    make_steps,
+    make_train_step,
+    schedule_of,
+)
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -214,9 +221,11 @@ def test_step_over_eight_devices_equals_one(tmp_path):
     with MetricsLog(tmp_path) as log:
         sharded, _ = run(small_model(), config(epochs=2), log)
     assert len(sharded.params["Dense_0"]["kernel"].sharding.device_set) == 8
-    model, optimizer = small_model(), make_optimizer(config(epochs=2), steps_per_epoch=32)
-    state = create_state(model, optimizer, (4, 4, 1), 0, config().learning_rate)
-    step = jax.jit(make_train_step(model, optimizer))
+    recipe = config(epochs=2).recipe
+    schedule = schedule_of(recipe.training, 32)
+    model, optimizer = small_model(), make_optimizer(recipe.training, schedule)
+    state = create_state(model, optimizer, (4, 4, 1), 0, recipe.learning_rate)
+    step = jax.jit(make_train_step(model, optimizer, schedule))
     for epoch in range(2):
         order = np.random.default_rng((0, epoch)).permutation(1024).reshape(32, 32)
         for rows in order:
@@ -295,8 +304,8 @@ def test_program_leaves_its_results_in_workdir(tmp_path):
         f"test_accuracy={records[-1]['test_accuracy']:.4f} workdir={tmp_path / 'run'}"
     )
     assert records[-1]["test_accuracy"] > 0.5
-    settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (settings["activation"], settings["norm"], settings["seed"]) == ("ngelu", "group", 0)
+    recipe = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
+    assert (recipe["network"]["activation"], recipe["network"]["norm"], recipe["seed"]) == ("ngelu", "group", 0)
     for picture in ("gains.png", "learning_curves.png"):
         assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
     for shown in ("loss", "accuracy", "factors", "epoch 2/2"):
