@@ -26,7 +26,7 @@ from anact_jax.plots import draw
 from experiments.config import check_positive
 from experiments.data import DataError, first_examples
 from experiments.training.checkpoints import CheckpointError, silence_orbax
-from experiments.training.runs import Run, load_run, variances_of
+from experiments.training.load_run import TrainedRun, load_run, variances_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def by_name(workdirs: Iterable[Path]) -> dict[str, Path]:
     return {printable(name): folder for name, folder in zip(names, folders, strict=True)}
 
 
-def layer_variances(run: Run, images: int) -> dict[str, tuple[LayerVariances, ...]]:
+def layer_variances(run: TrainedRun, images: int) -> dict[str, tuple[LayerVariances, ...]]:
     """Of a run's network before and after training, on a batch of its test images."""
     batch, labels, _ = first_examples(run.dataset, images)
     measure = variances_of(run.model)

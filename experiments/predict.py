@@ -35,7 +35,7 @@ from experiments.data import DataError, Dataset
 from experiments.data.pipeline import standardize
 from experiments.networks import check_name
 from experiments.training.checkpoints import CheckpointError, silence_orbax
-from experiments.training.runs import Run, load_run
+from experiments.training.load_run import TrainedRun, load_run
 
 SPLITS = ("train", "test")
 
@@ -96,7 +96,7 @@ def main() -> int:
 
 
 def show_files(
-    images: UInt8[np.ndarray, "n height width channels"], classify: Classify, run: Run, config: PredictConfig
+    images: UInt8[np.ndarray, "n height width channels"], classify: Classify, run: TrainedRun, config: PredictConfig
 ) -> int:
     """Prints the class of each image file; returns the exit status."""
     looks = look_inverted(images, run.dataset)
@@ -110,7 +110,7 @@ def show_files(
     return 0
 
 
-def show_split(classify: Classify, run: Run, config: PredictConfig) -> int:
+def show_split(classify: Classify, run: TrainedRun, config: PredictConfig) -> int:
     """Prints the accuracy on a split and draws the confusion matrix; returns the exit status."""
     picture = config.output or usual_picture(config.workdir / "confusion.png")
     counts = np.zeros((run.dataset.classes, run.dataset.classes), int)

@@ -25,7 +25,7 @@ from experiments.networks import ActivationName, check_name
 from experiments.recipes import RECIPES
 from experiments.training.build import check_devices, make_network
 from experiments.training.checkpoints import CheckpointError, Checkpoints, silence_orbax
-from experiments.training.comparison import draw_comparison
+from experiments.training.comparison_picture import draw_comparison
 from experiments.training.gains import gains_of, worst_gains
 from experiments.training.loop import BadStepError, PreemptedError, first_state, train
 from experiments.training.metrics import MetricsLog, Unheard, draw_learning_curves, read_evaluations, show_pictures

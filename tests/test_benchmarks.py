@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from anact_jax import Standardized
-from experiments.benchmarks import cost, operation, scaling, training_step
+from experiments.benchmarks import activation_alone, cost, scaling, training_step
 from experiments.benchmarks.measuring import Spread, ratios, seconds
 from experiments.config import changed
 
@@ -21,8 +21,11 @@ def test_cases_are_timed_in_turn_and_compared_round_by_round():
 def test_for_the_gradient_the_normalized_activation_keeps_its_input_alone():
     shape, channels = (4, 8, 8, 16), 16
     x = 4 * 8 * 8 * 16 * 4
-    kept = {name: operation.residual_bytes(layer, shape, jnp.float32) for name, layer in operation.LAYERS.items()}
-    for name in operation.LAYERS:
+    kept = {
+        name: activation_alone.residual_bytes(layer, shape, jnp.float32)
+        for name, layer in activation_alone.LAYERS.items()
+    }
+    for name in activation_alone.LAYERS:
         if name.startswith("NSwish"):
             assert x <= kept[name] <= x + 40 * 4 * channels
     assert kept["swish"] >= 2 * x
@@ -36,7 +39,7 @@ def test_cost_of_the_operation_is_printed_written_and_drawn(run_main, tmp_path, 
     assert status == 0
     assert "**8x16 bfloat16**" in output.out
     rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
-    assert [row["case"] for row in rows] == list(operation.LAYERS)
+    assert [row["case"] for row in rows] == list(activation_alone.LAYERS)
     assert rows[0]["ratio"] == [1, 1, 1]
     assert output.out.endswith(f"\n{cost.overview(rows)}\n")
     assert cost.overview(rows).splitlines()[-1] == "| NSwish, inference | 0.42 |"  # saved MB: x and the variances

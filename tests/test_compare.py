@@ -17,9 +17,9 @@ from experiments.networks import make_layers
 from experiments.networks.mlp import MLP
 from experiments.studies import compare
 from experiments.studies.compare import Config, choose_rate
-from experiments.studies.grid import Cell, Results, Splits, run_cells, train_together
 from experiments.studies.intervals import Interval
 from experiments.studies.report import write_reports
+from experiments.studies.results import Cell, Results, Splits, run_cells, train_together
 from experiments.studies.rivals import network_of
 from experiments.studies.tables import Runs, Side, arrange, markdown_table
 from experiments.training.loop import evaluate, train

@@ -5,7 +5,7 @@ from experiments.config import Recipe, changed
 from experiments.forms import label_named
 from experiments.studies import default_form
 from experiments.studies.default_form import forms_table, half_width, report, rows_of, usable_range, ways_table
-from experiments.studies.grid import Cell, Results
+from experiments.studies.results import Cell, Results
 from experiments.studies.tables import Runs
 
 DEFAULT = label_named("default")

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 @pytest.mark.slow
 def test_redrawn_from_finished_runs(tmp_path, run_main, monkeypatch):
-    monkeypatch.setattr("experiments.studies.grid.train_together", None)  # nothing is left to train
+    monkeypatch.setattr("experiments.studies.results.train_together", None)  # nothing is left to train
     picture = tmp_path / "front.png"
     status, output = run_main(front_picture, "--output", str(picture))
     assert status == 0

@@ -12,10 +12,10 @@ from experiments.data import load
 from experiments.data.pipeline import standardize
 from experiments.inspect_runs import by_name, layer_variances
 from experiments.training.build import make_network
-from experiments.training.comparison import gradients_at_the_start
+from experiments.training.comparison_picture import gradients_at_the_start
 from experiments.training.gains import gains_of
+from experiments.training.load_run import TrainedRun, load_run, variances_of
 from experiments.training.metrics import read_evaluations
-from experiments.training.runs import Run, load_run, variances_of
 from experiments.training.steps import make_steps
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 def untrained():
     """A run whose network has its initial weights, with 100 test images."""
     state = make_steps(small_model(), config().recipe.training, DATASET).create(0, 0.1)
-    return Run(config(), DATASET, small_model(), state, state)
+    return TrainedRun(config(), DATASET, small_model(), state, state)
 
 
 def test_more_images_than_there_are_is_all_of_them(untrained):

@@ -17,7 +17,7 @@ from experiments.data import load
 from experiments.networks import make_layers
 from experiments.networks.mlp import MLP
 from experiments.predict import look_inverted, make_classifier, read_image
-from experiments.training.runs import Run
+from experiments.training.load_run import TrainedRun
 from experiments.training.steps import make_steps
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -36,7 +36,7 @@ def untrained(monkeypatch, tmp_path):
     digits = load("digits")
     model = MLP(make_layers("nswish", "none"), classes=10, depth=2, width=16)
     state = make_steps(model, config().recipe.training, digits).create(0, 0.1)
-    monkeypatch.setattr(predict, "load_run", lambda *args, **options: Run(config(), digits, model, state, state))
+    monkeypatch.setattr(predict, "load_run", lambda *args, **options: TrainedRun(config(), digits, model, state, state))
     (tmp_path / "run").mkdir()
     return tmp_path / "run"
 

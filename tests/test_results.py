@@ -9,7 +9,7 @@ from experiments.benchmarks import cost
 from experiments.cli import table_row
 from experiments.forms import label_named
 from experiments.studies.default_form import forms_table, report, rows_of, short_table, ways_table
-from experiments.studies.grid import CLOSED_FORM, Results
+from experiments.studies.results import CLOSED_FORM, Results
 from experiments.studies.tables import Side, arrange, markdown_table
 
 ROOT = Path(__file__).parents[1]

@@ -91,7 +91,7 @@ def test_source_distribution_holds_no_measured_runs(tmp_path):
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
     assert not any("/experiments/results/" in name for name in names)
-    assert any(name.endswith("experiments/studies/grid.py") for name in names)
+    assert any(name.endswith("experiments/studies/results.py") for name in names)
 
 
 def test_version_and_address_are_the_same_everywhere():

@@ -22,7 +22,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.benchmarks import operation, training_step
+from experiments.benchmarks import activation_alone, training_step
 from experiments.benchmarks.measuring import BATCH_NORM, PLAIN, Spread, ratios, seconds
 from experiments.networks import check_name
 
@@ -93,8 +93,8 @@ def main() -> int:
 def measure_operation(shape: tuple[int, ...], dtype: str, repeats: int) -> list[dict[str, Any]]:
     """The activation alone, forward and backward, a row for each case."""
     programs = {}
-    for name, layer in operation.LAYERS.items():
-        program, arguments = operation.compiled(layer, shape, jnp.dtype(dtype))
+    for name, layer in activation_alone.LAYERS.items():
+        program, arguments = activation_alone.compiled(layer, shape, jnp.dtype(dtype))
         programs[name] = lambda program=program, arguments=arguments: program(*arguments)
     x = jax.random.normal(jax.random.key(0), shape, jnp.dtype(dtype))
     copy = jax.jit(lambda x: -x)
@@ -107,9 +107,9 @@ def measure_operation(shape: tuple[int, ...], dtype: str, repeats: int) -> list[
             "case": name,
             "ratio": ratio,
             "of BatchNorm": of_batch_norm[name],
-            "of copying": Spread.of(operation.PASSES[name] / 2 * np.divide(copying, taken[name])).median,
+            "of copying": Spread.of(activation_alone.PASSES[name] / 2 * np.divide(copying, taken[name])).median,
             "ms": 1e3 * Spread.of(taken[name]).median,
-            "saved MB": operation.residual_bytes(operation.LAYERS[name], shape, jnp.dtype(dtype)) / 1e6,
+            "saved MB": activation_alone.residual_bytes(activation_alone.LAYERS[name], shape, jnp.dtype(dtype)) / 1e6,
         }
         for name, ratio in ratios(taken, PLAIN).items()
     ]

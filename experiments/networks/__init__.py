@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import flax.linen as nn
 from tyro.extras import literal_type_from_choices
 
+from experiments.networks.activation_name import ActivationName, check_name
 from experiments.networks.cnn import VGG, PlainCNN
 from experiments.networks.layers import (
     INITS,
@@ -21,7 +22,6 @@ from experiments.networks.layers import (
     on_each,
 )
 from experiments.networks.mlp import MLP, ResidualMLP
-from experiments.networks.names import ActivationName, check_name
 from experiments.networks.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet, WideResNet
 
 __all__ = [

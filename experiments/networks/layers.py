@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from anact_jax import ACTIVATIONS, Activation
 from anact_jax.linen import ANAct
-from experiments.networks.names import ActivationName, check_name
+from experiments.networks.activation_name import ActivationName, check_name
 
 INITS = {"lecun": 1.0, "he": 2.0}  # variance of a weight times fan-in
 NORMS = ("batch", "group", "layer", "none")

@@ -33,8 +33,8 @@ from experiments.config import (
 from experiments.data import DataError
 from experiments.forms import form_named
 from experiments.networks import MODELS, NORMS, ActivationName, check_name
-from experiments.studies.grid import Cell, Outcome, Results, run_cells
 from experiments.studies.report import write_reports
+from experiments.studies.results import Cell, Outcome, Results, run_cells
 from experiments.studies.rivals import VARIATIONS, VARIATIONS_OF_FORMS, network_of
 from experiments.training.build import check_devices
 

@@ -38,8 +38,8 @@ from experiments.config import (
 from experiments.data import DataError, Dataset, training_batches
 from experiments.forms import form_named
 from experiments.networks import MODELS, LayerFunction, check_name
-from experiments.studies.ensemble import for_ensemble
-from experiments.studies.grid import Cell, Results, not_run_today, run_cells
+from experiments.studies.results import Cell, Results, not_run_today, run_cells
+from experiments.studies.vmapped_training import for_ensemble
 from experiments.training.build import check_devices, layers_of, make_network
 from experiments.training.gains import gains_of
 from experiments.training.metrics import to_json

@@ -16,8 +16,8 @@ import scipy.stats
 from jaxtyping import Float
 
 from experiments.forms import label_named
-from experiments.studies.grid import Results
 from experiments.studies.intervals import Interval
+from experiments.studies.results import Results
 from experiments.studies.rivals import DEEP_KERNEL_SHAPING
 from experiments.studies.tables import NORM_NAMES, Place, Runs, Side, Table, arrange
 

@@ -29,8 +29,8 @@ from experiments.config import Recipe, Storage, changed
 from experiments.data import DataError, Dataset
 from experiments.data.sets import mnist1d, with_subset
 from experiments.networks import Layers, make_layers, make_model
-from experiments.studies.ensemble import for_ensemble
-from experiments.studies.grid import Cell, Results, Splits, rounded, train_together
+from experiments.studies.results import Cell, Results, Splits, rounded, train_together
+from experiments.studies.vmapped_training import for_ensemble
 from experiments.training.steps import Steps, TrainState, make_steps
 
 ACTIVATIONS: dict[str, Activation] = {

@@ -18,9 +18,9 @@ import numpy as np
 
 from experiments.config import Recipe, Storage, changed, check_at_least
 from experiments.data import DataError
-from experiments.studies.grid import Cell, Results, run_cells
+from experiments.studies.results import Cell, Results, run_cells
 from experiments.studies.rivals import network_of
-from experiments.training.comparison import gradients_at_the_start
+from experiments.training.comparison_picture import gradients_at_the_start
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -31,7 +31,7 @@ from experiments.data.pipeline import standardize
 from experiments.forms import form_named
 from experiments.networks import ActivationName, make_layers
 from experiments.networks.mlp import MLP
-from experiments.studies.ensemble import training
+from experiments.studies.vmapped_training import training
 from experiments.training.loop import DivergenceError
 from experiments.training.steps import make_steps
 

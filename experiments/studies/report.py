@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.data import DATASETS
 from experiments.forms import WORDS, label_of
-from experiments.studies.grid import Results
+from experiments.studies.results import Results
 from experiments.studies.tables import Place, Runs, Side, Table, arrange, cell, markdown_table
 
 _PANELS_IN_A_ROW = 3

@@ -19,8 +19,8 @@ from anact_jax.linen import ANAct
 from experiments.config import Recipe
 from experiments.data import Dataset
 from experiments.networks import Join, Layers, Plain, on_each
-from experiments.studies.ensemble import conv_by_matmul, for_ensemble
-from experiments.studies.grid import not_run_today
+from experiments.studies.results import not_run_today
+from experiments.studies.vmapped_training import conv_by_matmul, for_ensemble
 from experiments.training.build import layers_of, make_network
 
 DEEP_KERNEL_SHAPING = "Deep Kernel Shaping"

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from experiments.cli import table_head, table_row
 from experiments.networks import ActivationName
-from experiments.studies.grid import CLOSED_FORM, Outcome, Results
 from experiments.studies.intervals import Interval
+from experiments.studies.results import CLOSED_FORM, Outcome, Results
 from experiments.studies.rivals import VARIATIONS_OF_FORMS
 
 NORM_NAMES = {"batch": "BatchNorm", "group": "GroupNorm", "layer": "LayerNorm"}

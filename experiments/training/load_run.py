@@ -23,7 +23,7 @@ MeasuredVariances: TypeAlias = Callable[
 ]
 
 
-class Run(NamedTuple):
+class TrainedRun(NamedTuple):
     """A run.
 
     Attributes:
@@ -41,7 +41,7 @@ class Run(NamedTuple):
     trained: TrainState
 
 
-def load_run(workdir: Path, *, data_dir: Path | None = None, best: bool = False) -> Run:
+def load_run(workdir: Path, *, data_dir: Path | None = None, best: bool = False) -> TrainedRun:
     """The run in a folder, at its last checkpoint, or at the one with the best test accuracy.
 
     Its data set is read from `data_dir`, by default from where it was at training.
@@ -62,7 +62,7 @@ def load_run(workdir: Path, *, data_dir: Path | None = None, best: bool = False)
         position = checkpoints.restore(initial, say, best=best)
     if position is None:
         raise ValueError(f"{workdir} has no checkpoint yet; train first: python experiments/train_resnet.py")
-    return Run(config, dataset, model, initial, position.state)
+    return TrainedRun(config, dataset, model, initial, position.state)
 
 
 def variances_of(model: nn.Module) -> MeasuredVariances:

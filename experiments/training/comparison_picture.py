@@ -9,8 +9,8 @@ from anact_jax.diagnostics import LayerVariances
 from experiments.config import Experiment, Recipe
 from experiments.data import Dataset, first_examples
 from experiments.training.build import make_network
+from experiments.training.load_run import variances_of
 from experiments.training.metrics import read_evaluations
-from experiments.training.runs import variances_of
 from experiments.training.steps import make_steps
 
 matplotlib.use("Agg")

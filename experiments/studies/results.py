@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.config import LAST_WITH_CLOSED_FORM, Data, Recipe, Storage, as_today
 from experiments.data import Dataset
-from experiments.studies.ensemble import training
+from experiments.studies.vmapped_training import training
 from experiments.training.loop import evaluate
 from experiments.training.metrics import Record, to_json
 from experiments.training.steps import Steps, make_steps, steps_per_epoch

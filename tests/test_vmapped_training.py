@@ -3,7 +3,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.studies.ensemble import conv_by_matmul
+from experiments.studies.vmapped_training import conv_by_matmul
 
 
 @pytest.mark.parametrize(
