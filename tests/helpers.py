@@ -1,9 +1,20 @@
-"""Independent references in NumPy, float64: activations with derivatives by hand, moments, rules."""
+"""What several test files share.
 
+Independent references in NumPy, float64: activations with derivatives by hand, moments, rules. And a small network
+with its data, for tests of the programs.
+"""
+
+import functools
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = [
+    str(path) for path in sorted((ROOT / "experiments").rglob("*.py")) if '__name__ == "__main__"' in path.read_text()
+]
 
 _erf = np.vectorize(math.erf)
 
@@ -94,3 +105,33 @@ def published(stats, center=False, epsilon=1e-6):
     shift = mean_out if center else 0.0 * mean_out
     rho = (var_out + (mean_out - shift) ** 2 + epsilon) / (var_in + epsilon)
     return np.sqrt((1 / rho + 1 / (slope_sq + epsilon)) / 2), shift
+
+
+def two_classes(n, seed=0):
+    """Images whose label says whether they are bright."""
+    from experiments.data.sets import Arrays
+
+    images = np.random.default_rng(seed).integers(0, 256, (n, 4, 4, 1), np.uint8)
+    return Arrays(images, (images.mean((1, 2, 3)) > 127.5).astype(np.int32))
+
+
+@functools.cache
+def small_dataset():
+    from experiments.data import Dataset
+
+    parts = two_classes(1024), two_classes(100, seed=1)
+    return Dataset(*parts, 2, np.array([127.5]), np.array([74.0]), pad=0, flip=False)
+
+
+def small_model(activation="nswish", norm="batch", **options):
+    from experiments.networks import make_layers
+    from experiments.networks.mlp import MLP
+
+    return MLP(make_layers(activation, norm, **options), classes=2, depth=2, width=16)
+
+
+def small_experiment(**settings):
+    from experiments.config import Experiment, changed
+
+    usual = {"epochs": 6, "batch_size": 32, "learning_rate": 0.05}
+    return changed(Experiment(), **(usual | settings))

@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import experiments
+from helpers import PROGRAMS
 
 SHARD_MAP = """
 import jax, jax.numpy as jnp
@@ -49,13 +48,6 @@ def test_first_thing_in_a_process(program):
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split() == ["True", "True"]
-
-
-PROGRAMS = [
-    str(path)
-    for path in sorted(Path(experiments.__file__).parent.rglob("*.py"))
-    if '__name__ == "__main__"' in path.read_text()
-]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: Path(path).name)

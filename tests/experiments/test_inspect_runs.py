@@ -4,7 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from test_train_resnet import DATASET, config, small_model
+from helpers import small_dataset, small_experiment, small_model
 
 from experiments import inspect_runs, train_resnet
 from experiments.config import Recipe, Storage, changed
@@ -18,14 +18,16 @@ from experiments.training.load_run import TrainedRun, load_run, variances_of
 from experiments.training.metrics import read_evaluations
 from experiments.training.steps import make_steps
 
+DATASET = small_dataset()
+
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture
 def untrained():
     """A run whose network has its initial weights, with 100 test images."""
-    state = make_steps(small_model(), config().recipe.training, DATASET).create(0, 0.1)
-    return TrainedRun(config(), DATASET, small_model(), state, state)
+    state = make_steps(small_model(), small_experiment().recipe.training, DATASET).create(0, 0.1)
+    return TrainedRun(small_experiment(), DATASET, small_model(), state, state)
 
 
 def test_more_images_than_there_are_is_all_of_them(untrained):

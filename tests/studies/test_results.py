@@ -1,9 +1,9 @@
 """The tables of the documentation are those of the finished runs."""
 
 import json
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from experiments.benchmarks import cost
 from experiments.cli import table_row
@@ -12,7 +12,6 @@ from experiments.studies.default_form import forms_table, report, rows_of, short
 from experiments.studies.results import CLOSED_FORM, Results
 from experiments.studies.tables import Side, arrange, markdown_table
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 DETAILS = (ROOT / "docs" / "results" / "details.md").read_text()
 PAGE = (ROOT / "docs" / "results" / "index.md").read_text()

@@ -1,8 +1,8 @@
 import chex
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 
 from anact_jax import ACTIVATIONS, activation_stats, gaussian_stats
@@ -12,7 +12,7 @@ from anact_jax import ACTIVATIONS, activation_stats, gaussian_stats
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.7, 0.5), (-2.0, 3.0)])
 def test_equals_float64_oracle(name, mean, std):
     stats = gaussian_stats(ACTIVATIONS[name], mean, std)
-    expected = oracles.gaussian_moments(name, mean, std)
+    expected = helpers.gaussian_moments(name, mean, std)
     np.testing.assert_allclose((stats.mean_out, stats.var_out, stats.slope_sq), expected, rtol=2e-5, atol=2e-6)
     np.testing.assert_allclose((stats.mean_in, stats.var_in, stats.count), (mean, std**2, 0.0), rtol=1e-6)
 

@@ -4,10 +4,10 @@ import dataclasses
 import pickle
 
 import chex
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from jax.test_util import check_grads
 
@@ -123,9 +123,9 @@ def test_linen_copies_keep_the_form(form):
 def test_standardized_equals_float64_oracle(name, center):
     with jax.enable_x64(True):
         x = 0.4 + 1.7 * np.random.default_rng(3).standard_normal((500, 3))
-        values = oracles.stats(name, x, axes=0)
+        values = helpers.stats(name, x, axes=0)
         for options in ({}, {"std": 1.3, "epsilon": 0.0}):
-            expected = oracles.standardized(values, center=center, **options)
+            expected = helpers.standardized(values, center=center, **options)
             actual = Standardized(center=center, **options).factor_and_shift(Stats(*map(jnp.asarray, values)))
             np.testing.assert_allclose(actual, expected, rtol=1e-12)
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import small_dataset, small_experiment, small_model
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_train_resnet import DATASET, config, small_model
 
 from experiments import folders, train_resnet
 from experiments.config import changed
@@ -24,9 +24,13 @@ from experiments.training.loop import BadStepError, PreemptedError, evaluate, fi
 from experiments.training.metrics import MetricsLog, draw_learning_curves, read_evaluations, read_metrics
 from experiments.training.steps import make_steps
 
+DATASET = small_dataset()
+
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-SETTINGS = config(epochs=2, batch_size=64, save_every_steps=4)  # 2 epochs of 16 steps, and 2 batches of test images
+SETTINGS = small_experiment(
+    epochs=2, batch_size=64, save_every_steps=4
+)  # 2 epochs of 16 steps, and 2 batches of test images
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,7 +101,7 @@ def test_a_finished_run_gives_the_same_again(steps, whole, tmp_path):
 
 @pytest.mark.slow
 def test_however_often_it_is_stopped_no_example_comes_twice_or_never(tmp_path):
-    settings = config(epochs=2, batch_size=256)
+    settings = small_experiment(epochs=2, batch_size=256)
     seen = []
 
     def note(state, batch):
@@ -198,7 +202,7 @@ def test_full_disk_ends_a_log_with_one_error(full, tmp_path, monkeypatch):
 
 def test_training_on_does_not_change_what_is_being_saved(tmp_path):
     """The next step takes over the memory of the state that it is given."""
-    settings = config()
+    settings = small_experiment()
     model = small_model().clone(width=512)
     steps = make_steps(model, settings.recipe.training, DATASET)
     state = first_state(steps, settings)
@@ -491,7 +495,7 @@ def test_evaluation_after_resume_is_that_of_the_saved_network(steps, whole):
 
 
 def test_settings_are_refused_before_the_data_are_read(tmp_path, run_main):
-    (tmp_path / "config.json").write_text(config(dataset="cifar10").to_json())
+    (tmp_path / "config.json").write_text(small_experiment(dataset="cifar10").to_json())
     status, output = run_main(train_resnet, "--dataset", "cifar100", "--epochs", "6", "--workdir", tmp_path)
     assert status == 2
     assert "dataset 'cifar10', now 'cifar100'" in output.err

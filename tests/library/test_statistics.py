@@ -1,10 +1,10 @@
 import functools
 
 import chex
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
@@ -28,20 +28,20 @@ def assert_moments(actual, expected, rtol):
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.5, 0.3), (-1.0, 3.0)])
 def test_equals_float64_oracle(name, mean, std):
     x = normal((32, 8, 8, 16), mean, std)
-    assert_moments(activation_stats(ACTIVATIONS[name], jnp.asarray(x)), oracles.stats(name, x), rtol=3e-5)
+    assert_moments(activation_stats(ACTIVATIONS[name], jnp.asarray(x)), helpers.stats(name, x), rtol=3e-5)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_offset_of_ten_thousand(name):
     x = normal((64, 256), 1e4)
-    assert_moments(activation_stats(ACTIVATIONS[name], jnp.asarray(x)), oracles.stats(name, x), rtol=1e-3)
+    assert_moments(activation_stats(ACTIVATIONS[name], jnp.asarray(x)), helpers.stats(name, x), rtol=1e-3)
 
 
 @pytest.mark.parametrize(("axis", "reduced"), [(None, None), (-1, (0, 1)), (1, (0, 2)), (0, (1, 2))])
 def test_axis(axis, reduced):
     x = normal((6, 5, 4))
     stats = activation_stats(jax.nn.swish, jnp.asarray(x), axis=axis)
-    expected = oracles.stats("swish", x, axes=reduced)
+    expected = helpers.stats("swish", x, axes=reduced)
     chex.assert_shape(list(stats), np.shape(expected[0]))
     assert_moments(stats, expected, rtol=3e-5)
 
@@ -55,7 +55,7 @@ def test_broadcast_mask_equals_slicing(shape):
     spoiled = np.where(np.broadcast_to(mask, x.shape), x, np.nan)
     for given in (mask, mask.astype(np.float32), mask.astype(np.int8)):
         stats = activation_stats(jax.nn.gelu, jnp.asarray(spoiled), mask=jnp.asarray(given))
-        assert_moments(stats, oracles.stats("gelu", x, mask=mask), rtol=3e-5)
+        assert_moments(stats, helpers.stats("gelu", x, mask=mask), rtol=3e-5)
     sliced = x[np.broadcast_to(mask, x.shape)]
     chex.assert_trees_all_close(stats, activation_stats(jax.nn.gelu, jnp.asarray(sliced)), rtol=2e-6, atol=1e-7)
 
@@ -65,7 +65,7 @@ def test_mask_per_feature_counts_each_feature():
     mask[:20, 0], mask[:49, 1] = False, False
     stats = activation_stats(jnp.tanh, jnp.asarray(x), axis=-1, mask=jnp.asarray(mask))
     np.testing.assert_array_equal(stats.count, [30, 1, 50])
-    assert_moments(stats, oracles.stats("tanh", x, axes=0, mask=mask), rtol=3e-5)
+    assert_moments(stats, helpers.stats("tanh", x, axes=0, mask=mask), rtol=3e-5)
 
 
 def test_users_own_callable():
@@ -84,7 +84,7 @@ def test_half_precision_is_measured_in_float32(dtype):
     x = jnp.asarray(normal((2**16,), 0.3)).astype(dtype)
     stats = activation_stats(jax.nn.swish, x)
     chex.assert_type(list(stats), jnp.float32)
-    assert_moments(stats, oracles.stats("swish", np.asarray(x, np.float32)), rtol=3e-5)
+    assert_moments(stats, helpers.stats("swish", np.asarray(x, np.float32)), rtol=3e-5)
 
 
 def test_float64_stays():
@@ -92,7 +92,7 @@ def test_float64_stays():
         x = np.random.default_rng(0).standard_normal((64, 3))
         stats = activation_stats(jax.nn.mish, jnp.asarray(x))
         chex.assert_type(list(stats), jnp.float64)
-        assert_moments(stats, oracles.stats("mish", x), rtol=1e-12)
+        assert_moments(stats, helpers.stats("mish", x), rtol=1e-12)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -2.0, 1e4, 1e-30])
@@ -139,7 +139,7 @@ def test_first_elements_far_from_the_rest():
     x = normal((4096, 3))
     x[:8] += 30
     stats = activation_stats(jax.nn.elu, jnp.asarray(x), axis=-1)
-    assert_moments(stats, oracles.stats("elu", x, axes=(0,)), rtol=5e-5)
+    assert_moments(stats, helpers.stats("elu", x, axes=(0,)), rtol=5e-5)
 
 
 def test_masked_elements_get_no_gradient_even_where_f_has_none():

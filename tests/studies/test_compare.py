@@ -3,11 +3,11 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+from helpers import ROOT
 
 from anact_jax import Standardized
 from experiments.config import Experiment, Recipe, Storage, changed
@@ -26,8 +26,6 @@ from experiments.training.loop import evaluate, train
 from experiments.training.steps import make_steps
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(

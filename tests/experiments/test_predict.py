@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import small_dataset, small_experiment, small_model
 from PIL import Image
-from test_train_resnet import DATASET, config, small_model
 
 from anact_jax import Published, Standardized
 from experiments import inspect_runs, predict, train_resnet
@@ -20,13 +20,15 @@ from experiments.predict import look_inverted, make_classifier, read_image
 from experiments.training.load_run import TrainedRun
 from experiments.training.steps import make_steps
 
+DATASET = small_dataset()
+
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")
 def classify():
     with jax.numpy_dtype_promotion("standard"):
-        state = make_steps(small_model(), config().recipe.training, DATASET).create(0, 0.1)
+        state = make_steps(small_model(), small_experiment().recipe.training, DATASET).create(0, 0.1)
         yield make_classifier(small_model(), state.variables, DATASET, batch_size=16)
 
 
@@ -35,8 +37,10 @@ def untrained(monkeypatch, tmp_path):
     """The folder of a run on the digits, as `predict` finds it, whose network has its initial weights."""
     digits = load("digits")
     model = MLP(make_layers("nswish", "none"), classes=10, depth=2, width=16)
-    state = make_steps(model, config().recipe.training, digits).create(0, 0.1)
-    monkeypatch.setattr(predict, "load_run", lambda *args, **options: TrainedRun(config(), digits, model, state, state))
+    state = make_steps(model, small_experiment().recipe.training, digits).create(0, 0.1)
+    monkeypatch.setattr(
+        predict, "load_run", lambda *args, **options: TrainedRun(small_experiment(), digits, model, state, state)
+    )
     (tmp_path / "run").mkdir()
     return tmp_path / "run"
 

@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_fresh_process import PROGRAMS
+from helpers import PROGRAMS, ROOT
 
 from experiments import train_resnet
 from experiments.cli import at_home
 from experiments.config import read_experiment
 from experiments.predict import PredictConfig
 
-ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 IMPORTS_INTERRUPTED = """
 import runpy, signal, sys

@@ -3,10 +3,10 @@
 import itertools
 
 import chex
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from jax.test_util import check_grads
 
@@ -24,20 +24,20 @@ def make_stats(*values):
 @BOTH
 def test_equals_float64_oracle(name, center):
     x = (0.4 + 1.7 * np.random.default_rng(3).standard_normal(5000)).astype(np.float32)
-    values, stats = oracles.stats(name, x), activation_stats(ACTIVATIONS[name], jnp.asarray(x))
+    values, stats = helpers.stats(name, x), activation_stats(ACTIVATIONS[name], jnp.asarray(x))
     for epsilon in (0.0, 1e-2):
-        expected = oracles.published(values, center, epsilon)
+        expected = helpers.published(values, center, epsilon)
         actual = Published(center=center, epsilon=epsilon).factor_and_shift(stats)
         np.testing.assert_allclose(actual, expected, rtol=3e-5, atol=1e-6)
     with jax.enable_x64(True):
         actual = Published(center=center).factor_and_shift(Stats(*map(jnp.asarray, values)))
-        np.testing.assert_allclose(actual, oracles.published(values, center), rtol=1e-12)
+        np.testing.assert_allclose(actual, helpers.published(values, center), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMED)
 @BOTH
 def test_gains_equal_the_oracle(name, center):
-    mean_out, var_out, slope_sq = oracles.gaussian_moments(name, 0.7, 1.5)
+    mean_out, var_out, slope_sq = helpers.gaussian_moments(name, 0.7, 1.5)
     stats = gaussian_stats(ACTIVATIONS[name], 0.7, 1.5)
     found = gains(stats, shift=stats.mean_out if center else 0.0)
     expected = ((var_out + (0 if center else mean_out**2)) / 1.5**2, slope_sq)

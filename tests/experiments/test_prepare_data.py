@@ -8,11 +8,11 @@ import subprocess
 import sys
 import threading
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_archives
+from helpers import ROOT
 from tensorflow_datasets.core.download import downloader
 
 from experiments import prepare_data
@@ -20,7 +20,6 @@ from experiments.data import DATASETS, DataError, load, training_batches
 from experiments.data.sets import WITHOUT_FILES, Stored, make_builder
 from experiments.data.tiny_imagenet import TinyImagenet
 
-ROOT = Path(__file__).parents[1]
 STORED = [name for name in DATASETS if name not in WITHOUT_FILES]
 TEST_SPLIT = dict.fromkeys(STORED, "test") | {"tiny_imagenet": "validation"}
 CLASSES = {"cifar100": 100, "tiny_imagenet": len(tiny_archives.WNIDS)}

@@ -10,18 +10,17 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from helpers import ROOT
 
 from experiments.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = [
     "--no-compare",
     "--model=mlp5",

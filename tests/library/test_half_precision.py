@@ -1,10 +1,10 @@
 """Numbers in half precision are normalized as the same numbers in float64 are; rounding alone is not."""
 
 import flax.linen as nn
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 
 from anact_jax import ACTIVATIONS, Published, Standardized, anact, initial_stats
@@ -43,7 +43,7 @@ def test_signal_above_rounding_is_normalized(name, dtype):
     pairs = [(offset, units * unit(offset, grid)) for offset in OFFSETS[name] for units in (2, 8, 50)]
     x = batch(*np.array(pairs).T, dtype)
     y, new = stepped(name, x)
-    f = oracles.VALUE_AND_SLOPE[name](np.asarray(x, np.float64))[0]
+    f = helpers.VALUE_AND_SLOPE[name](np.asarray(x, np.float64))[0]
     expected = 0.5 * (f - f.mean(0)) / np.sqrt(f.var(0) + DEFAULT.epsilon)
     np.testing.assert_array_equal(new.count, 1)
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=3 * float(jnp.finfo(dtype).eps) + 2e-3)

@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_train_resnet import DATASET, config
+from helpers import small_dataset, small_experiment
 
 from experiments.config import Training, changed
 from experiments.data import Batch, training_batches
 from experiments.training.build import make_network
 from experiments.training.steps import create_state, make_optimizer, make_steps, make_train_step, schedule_of
 
+DATASET = small_dataset()
+
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-SETTINGS = config(model="mlp5", activation="swish", norm="none", batch_size=32, warmup_epochs=0.0).recipe
+SETTINGS = small_experiment(model="mlp5", activation="swish", norm="none", batch_size=32, warmup_epochs=0.0).recipe
 
 
 @functools.cache

@@ -5,21 +5,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ROOT, small_dataset, small_experiment, small_model
 
 from experiments import train_resnet
 from experiments.config import Experiment, Training, changed, flat, read_experiment
-from experiments.data import Batch, Dataset
+from experiments.data import Batch
 from experiments.data.pipeline import standardize
-from experiments.data.sets import Arrays
-from experiments.networks import make_layers
-from experiments.networks.mlp import MLP
 from experiments.recipes import RECIPES
 from experiments.training.loop import DivergenceError, train
 from experiments.training.metrics import MetricsLog, draw_learning_curves, read_metrics
@@ -35,23 +32,10 @@ from experiments.training.steps import (
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, str(ROOT / "experiments" / "train_resnet.py")]
 
 
-def small_model(activation="nswish", norm="batch", **options):
-    return MLP(make_layers(activation, norm, **options), classes=2, depth=2, width=16)
-
-
-def two_classes(n, seed=0):
-    """Images whose label says whether they are bright."""
-    images = np.random.default_rng(seed).integers(0, 256, (n, 4, 4, 1), np.uint8)
-    return Arrays(images, (images.mean((1, 2, 3)) > 127.5).astype(np.int32))
-
-
-DATASET = Dataset(
-    two_classes(1024), two_classes(100, seed=1), 2, np.array([127.5]), np.array([74.0]), pad=0, flip=False
-)
+DATASET = small_dataset()
 
 
 def run(model, config, log):
@@ -164,15 +148,10 @@ def test_help_explains_every_setting(capsys, run_main):
         assert explained in text
 
 
-def config(**settings):
-    usual = {"epochs": 6, "batch_size": 32, "learning_rate": 0.05}
-    return changed(Experiment(), **(usual | settings))
-
-
 @pytest.mark.parametrize("activation", [pytest.param("swish", marks=pytest.mark.slow), "nswish"])
 def test_training_learns_and_records_what_it_measures(activation, tmp_path):
     with MetricsLog(tmp_path) as log:
-        state, accuracy = run(small_model(activation), config(), log)
+        state, accuracy = run(small_model(activation), small_experiment(), log)
     assert accuracy > 0.9
     assert int(state.step) == 6 * 32
     records = read_metrics(tmp_path)
@@ -185,7 +164,7 @@ def test_training_learns_and_records_what_it_measures(activation, tmp_path):
 
 def test_test_accuracy_counts_every_example_once(tmp_path):
     with MetricsLog(tmp_path) as log:
-        state, accuracy = run(small_model(), config(), log)
+        state, accuracy = run(small_model(), small_experiment(), log)
     images = jnp.asarray(standardize(DATASET.test.images, DATASET))
     logits = small_model().apply(jax.device_get(state.variables), images, train=False)
     assert accuracy == np.mean(np.asarray(logits).argmax(-1) == DATASET.test.labels)
@@ -197,7 +176,7 @@ def test_same_seed_gives_the_same_numbers(tmp_path):
     for number in range(3):
         (tmp_path / str(number)).mkdir()
         with MetricsLog(tmp_path / str(number)) as log:
-            run(small_model(), config(seed=number // 2, epochs=2), log)
+            run(small_model(), small_experiment(seed=number // 2, epochs=2), log)
         records.append((tmp_path / str(number) / "metrics.jsonl").read_text())
     assert records[0] == records[1]
     assert records[0] != records[2]
@@ -205,13 +184,13 @@ def test_same_seed_gives_the_same_numbers(tmp_path):
 
 def test_divergence_is_an_error_and_keeps_what_was_measured(tmp_path):
     with MetricsLog(tmp_path) as log, pytest.raises(DivergenceError, match=r"the loss is (nan|inf) at step"):
-        run(small_model(norm="none"), config(learning_rate=1e12), log)
+        run(small_model(norm="none"), small_experiment(learning_rate=1e12), log)
     assert all(np.isfinite(record["train_loss"]) for record in read_metrics(tmp_path))
 
 
 def test_the_last_steps_of_an_epoch_are_recorded_too(tmp_path):
     with MetricsLog(tmp_path) as log:
-        run(small_model(), config(epochs=2), log)
+        run(small_model(), small_experiment(epochs=2), log)
     assert [r["step"] for r in read_metrics(tmp_path) if "train_loss" in r and r["step"] % 32 == 0] == [32, 64]
 
 
@@ -219,9 +198,9 @@ def test_the_last_steps_of_an_epoch_are_recorded_too(tmp_path):
 def test_step_over_eight_devices_equals_one(tmp_path):
     assert jax.local_device_count() == 8
     with MetricsLog(tmp_path) as log:
-        sharded, _ = run(small_model(), config(epochs=2), log)
+        sharded, _ = run(small_model(), small_experiment(epochs=2), log)
     assert len(sharded.params["Dense_0"]["kernel"].sharding.device_set) == 8
-    recipe = config(epochs=2).recipe
+    recipe = small_experiment(epochs=2).recipe
     schedule = schedule_of(recipe.training, 32)
     model, optimizer = small_model(), make_optimizer(recipe.training, schedule)
     state = create_state(model, optimizer, (4, 4, 1), 0, recipe.learning_rate)
