@@ -86,7 +86,7 @@ RARER = [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (16, 1
 
 
 @pytest.mark.parametrize(("call", "last"), [(17, 16), *RARER])
-def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(steps, whole, tmp_path, call, last):
+def test_stopped_run_ends_as_uninterrupted(steps, whole, tmp_path, call, last):
     with pytest.raises(PreemptedError):
         go_on(steps, tmp_path, stop=stop_at(call))
     assert saved_steps(tmp_path)[-1] == last
@@ -100,7 +100,7 @@ def test_a_finished_run_gives_the_same_again(steps, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_however_often_it_is_stopped_no_example_comes_twice_or_never(tmp_path):
+def test_stops_repeat_and_skip_no_example(tmp_path):
     settings = small_experiment(epochs=2, batch_size=256)
     seen = []
 
@@ -200,7 +200,7 @@ def test_full_disk_ends_a_log_with_one_error(full, tmp_path, monkeypatch):
             log.write(step, 1.0, train_loss=1.0)
 
 
-def test_training_on_does_not_change_what_is_being_saved(tmp_path):
+def test_training_leaves_what_is_being_saved(tmp_path):
     """The next step takes over the memory of the state that it is given."""
     settings = small_experiment()
     model = small_model().clone(width=512)
@@ -219,7 +219,7 @@ def test_training_on_does_not_change_what_is_being_saved(tmp_path):
 
 
 @pytest.mark.parametrize("devices", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
-def test_saved_on_eight_devices_it_is_the_same_network_on_fewer(steps, whole, tmp_path, devices):
+def test_saved_on_eight_devices_read_on_fewer(steps, whole, tmp_path, devices):
     state, *_ = whole
     on_eight = jax.device_put(state, NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec()))
     some = NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec())
@@ -278,7 +278,7 @@ def test_a_damaged_checkpoint_is_never_taken_for_whole(steps, interrupted, tmp_p
     assert all(len(messages) <= 1 and "\n" not in "".join(messages) for messages in told.values())
 
 
-def test_after_damage_the_run_ends_as_if_there_had_been_none(steps, whole, interrupted, tmp_path, capsys):
+def test_damaged_checkpoint_changes_no_result(steps, whole, interrupted, tmp_path, capsys):
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     for path in folder_of(tmp_path, 22).rglob("d/*"):
         spoil(path, "truncated")
@@ -289,7 +289,7 @@ def test_after_damage_the_run_ends_as_if_there_had_been_none(steps, whole, inter
     assert list((tmp_path / "checkpoints" / "44.unreadable").rglob("d/*"))
 
 
-def test_a_save_that_fails_costs_nothing_that_was_saved(steps, tmp_path, monkeypatch):
+def test_failed_save_loses_nothing_saved(steps, tmp_path, monkeypatch):
     state = first_state(steps, SETTINGS)
 
     def full(*arguments, **options):
@@ -336,7 +336,7 @@ def test_a_read_that_fails_once_costs_no_checkpoint(steps, tmp_path, monkeypatch
     assert saved_steps(tmp_path) == [1, 2, 3]
 
 
-def test_without_a_checkpoint_that_can_be_read_the_run_does_not_start_over(steps, interrupted, tmp_path):
+def test_unreadable_checkpoints_do_not_start_over(steps, interrupted, tmp_path):
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "checkpoints").rglob("progress/metadata"):
         spoil(path, "truncated")
@@ -361,7 +361,7 @@ def test_another_network_is_refused(interrupted):
 
 
 @pytest.mark.slow
-def test_statistics_that_a_checkpoint_lacks_start_anew_only_when_asked_for(tmp_path):
+def test_missing_statistics_start_anew_if_asked(tmp_path):
     plain = changed(SETTINGS, activation="swish")
     normalized = changed(SETTINGS, activation="nswish", epochs=2)
     old, new = (
@@ -385,7 +385,7 @@ def test_statistics_that_a_checkpoint_lacks_start_anew_only_when_asked_for(tmp_p
     assert accuracy > 0.8
 
 
-def test_an_old_checkpoint_of_the_same_settings_without_statistics(tmp_path, steps):
+def test_old_checkpoint_without_statistics(tmp_path, steps):
     """As of a program that did not keep them yet."""
     start = first_state(steps, SETTINGS)
     old = start._replace(batch_stats={k: v for k, v in start.batch_stats.items() if not k.startswith("ANAct")})
@@ -395,7 +395,7 @@ def test_an_old_checkpoint_of_the_same_settings_without_statistics(tmp_path, ste
             checkpoints.restore(start, print)
 
 
-def test_moments_that_a_form_does_not_use_are_left_behind_and_those_it_lacks_start_anew_when_asked_for(tmp_path):
+def test_moments_of_another_form_start_anew_if_asked(tmp_path):
     few, many = changed(SETTINGS, axis=None), changed(SETTINGS, form="published")
     few_moments, all_moments = (
         first_state(make_steps(small_model(form=each.recipe.network.form.chosen), each.recipe.training, DATASET), each)
@@ -440,7 +440,7 @@ def test_a_folder_that_is_gone_is_seen(steps, tmp_path):
 # Numbers that are not finite.
 
 
-def test_a_run_that_ends_in_its_third_step_leaves_what_it_measured(steps, tmp_path):
+def test_early_end_leaves_what_was_measured(steps, tmp_path):
     with pytest.raises(BadStepError, match="at step 3"):
         go_on(with_bad_step(steps, 3), tmp_path)
     (record,) = read_metrics(tmp_path)
@@ -459,7 +459,7 @@ def with_bad_step(steps, at, value=np.nan):
 
 
 @pytest.mark.parametrize("value", [np.nan, *(pytest.param(value, marks=pytest.mark.slow) for value in (np.inf, 1e30))])
-def test_a_bad_step_stops_the_run_and_keeps_the_last_good_checkpoint(steps, tmp_path, value):
+def test_bad_step_keeps_the_last_checkpoint(steps, tmp_path, value):
     with pytest.raises(BadStepError, match=r"loss is .* at step 22; the gradient of BatchNorm_0, .*is not") as caught:
         go_on(with_bad_step(steps, 22, value), tmp_path)
     assert caught.value.step == 22
@@ -471,7 +471,7 @@ def test_a_bad_step_stops_the_run_and_keeps_the_last_good_checkpoint(steps, tmp_
 
 
 @pytest.mark.slow
-def test_a_bad_step_left_out_changes_nothing_but_the_count(steps, tmp_path):
+def test_skipped_bad_step_changes_the_count_only(steps, tmp_path):
     settings = changed(SETTINGS, skip_bad_steps=True)
     state = first_state(steps, settings)
     good = [next(training_batches(DATASET, 64, seed=0, epochs=1)) for _ in range(3)]
@@ -487,7 +487,7 @@ def test_a_bad_step_left_out_changes_nothing_but_the_count(steps, tmp_path):
     assert json.dumps(records, allow_nan=False)
 
 
-def test_evaluation_after_resume_is_that_of_the_saved_network(steps, whole):
+def test_evaluation_after_resume(steps, whole):
     state, accuracy, records = whole
     measured = evaluate(steps, jax.tree.map(jnp.asarray, state), DATASET, 64)
     assert float(measured["accuracy"]) == pytest.approx(accuracy)

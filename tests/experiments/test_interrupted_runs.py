@@ -111,7 +111,7 @@ def check_the_same(workdir, whole):
     assert [name for name in found if found[name].tobytes() != expected[name].tobytes()] == []
 
 
-def test_killed_at_ten_random_moments_it_ends_as_if_it_had_not_been(start, whole, tmp_path):
+def test_kills_at_random_moments_change_nothing(start, whole, tmp_path):
     rng = random.Random(0)
     during_a_save = 0
     for step in sorted(rng.sample(range(STEPS), 10)):
@@ -142,7 +142,7 @@ def test_asked_to_stop_it_saves_and_goes_on(start, whole, tmp_path):
     check_the_same(tmp_path, whole)
 
 
-def test_a_full_disk_is_seen_and_what_was_saved_is_whole(start, whole, tmp_path):
+def test_full_disk_leaves_whole_checkpoints(start, whole, tmp_path):
     process = start(tmp_path)
     until(lambda: (saved_steps(tmp_path) or [0])[-1] >= 3, process)
     process.send_signal(signal.SIGTERM)
@@ -186,7 +186,7 @@ def test_closed_terminal_saves(start, whole, tmp_path):
     check_the_same(tmp_path, whole)
 
 
-def test_a_loss_that_is_not_finite_is_told_with_its_layer_and_gains(start, tmp_path):
+def test_bad_loss_names_its_layer_and_gains(start, tmp_path):
     _, err = finish(start(tmp_path, "--norm", "none", "--learning-rate", "1e20"), status=1)
     for part in ("the loss is ", " at step ", "the gradient of ", "has forward gain", "what was measured is in"):
         assert part in err.splitlines()[-1]
@@ -208,7 +208,7 @@ def stopped_after(step, workdir, process):
     finish(process, status=75)
 
 
-def test_saved_on_eight_devices_it_goes_on_on_one_two_and_eight(start, tmp_path):
+def test_run_goes_on_with_other_devices(start, tmp_path):
     first, *others = (tmp_path / str(devices) for devices in (8, 1, 2))
     stopped_after(9, first, start(first, devices=8))
     for other in others:
@@ -228,7 +228,7 @@ def together(start, workdir):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_of_two_processes_is_killed_and_the_run_goes_on(start, whole, tmp_path, victim):
+def test_killed_process_run_goes_on(start, whole, tmp_path, victim):
     """First alone, then as two again: the same to rounding as in one process from end to end."""
     processes = together(start, tmp_path)
     until(lambda: (saved_steps(tmp_path) or [0])[-1] >= 3, processes[1 - victim])

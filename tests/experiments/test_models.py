@@ -58,7 +58,7 @@ def test_cifar_resnets_have_the_published_parameters(name, published, millions):
 @pytest.mark.parametrize(
     ("name", "published"), [("resnet18", 11_689_512), ("resnet34", 21_797_672), ("resnet50", 25_557_032)]
 )
-def test_imagenet_resnets_have_the_published_parameters(name, published):
+def test_imagenet_resnets_parameter_counts(name, published):
     model = make_model(name, make_layers("swish", "batch"), classes=1000, stem="imagenet")
     assert parameter_count(model, (224, 224, 3)) == published
 
@@ -129,7 +129,7 @@ def test_unknown_names_are_refused_by_the_maker(norm, init, message):
     ("name", "meant"),
     [("NSwish", "nswish"), ("nSiLU", "nsilu"), ("NLeakyReLU", "nleaky_relu"), ("GELU", "gelu"), ("nselu", "nselu")],
 )
-def test_activations_go_by_the_names_of_their_modules_too(name, meant):
+def test_activations_go_by_module_names_too(name, meant):
     assert str(ActivationName.parse(name)) == meant
 
 
@@ -138,7 +138,7 @@ def test_unknown_activation_is_refused():
         activation_layer("nswsh")
 
 
-def test_gains_lists_every_activation_in_order_of_execution():
+def test_gains_in_order_of_execution():
     form = Published(center=True, epsilon=0.0)
     model = MLP(make_layers("nrelu", "none", form=form), classes=3, depth=12, width=256)
     x = jax.random.normal(jax.random.key(1), (256, 4, 4, 1))
@@ -201,7 +201,7 @@ def test_an_activation_is_a_module_in_either_form():
 @pytest.mark.parametrize(
     ("name", "published"), [("resnet101", 44_549_160), ("vgg11", 132_863_336), ("vgg16", 138_357_544)]
 )
-def test_more_imagenet_networks_have_the_published_parameters(name, published):
+def test_more_imagenet_parameter_counts(name, published):
     norm = "none" if name.startswith("vgg") else "batch"
     model = make_model(name, make_layers("swish", norm), classes=1000, stem="imagenet")
     assert parameter_count(model, (224, 224, 3)) == published

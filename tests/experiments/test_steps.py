@@ -82,7 +82,7 @@ def test_mixup_draws_by_seed_and_step():
     assert losses[0] != losses[1]  # the same batch and weights, another step
 
 
-def test_the_average_is_of_weights_and_statistics_and_is_what_is_evaluated():
+def test_average_of_weights_is_evaluated():
     recipe = changed(SETTINGS, activation="nswish", ema=0.9)
     steps, states, _ = run(recipe)
     expected = states[0].variables
@@ -119,7 +119,7 @@ def test_nesterov_looks_ahead():
 
 
 @pytest.mark.parametrize(("model", "norm"), [("resnet20", "batch"), ("mlp5", "none"), ("resnet20", "group")])
-def test_bfloat16_computes_in_it_and_keeps_everything_else_in_float32(model, norm):
+def test_bfloat16_keeps_parameters_in_float32(model, norm):
     recipe = changed(SETTINGS, activation="nswish", model=model, norm=norm, dtype="bfloat16")
     network, schedule = make_network(recipe.network, DATASET), schedule_of(recipe.training, 32)
     optimizer = make_optimizer(recipe.training, schedule)
@@ -137,7 +137,7 @@ def test_bfloat16_computes_in_it_and_keeps_everything_else_in_float32(model, nor
 
 
 @pytest.mark.parametrize(("epochs", "warmup", "peak"), [(1, 1.0, 5), (10, 1.0, 10), (10, 3.0, 30)])
-def test_learning_rate_rises_for_half_of_training_at_most(epochs, warmup, peak):
+def test_warmup_takes_half_of_training_at_most(epochs, warmup, peak):
     schedule = schedule_of(Training(epochs, warmup_epochs=warmup), 10)
     rates = [float(schedule(step)) for step in range(10 * epochs)]
     assert int(np.argmax(rates)) == peak

@@ -182,7 +182,7 @@ def test_same_seed_gives_the_same_numbers(tmp_path):
     assert records[0] != records[2]
 
 
-def test_divergence_is_an_error_and_keeps_what_was_measured(tmp_path):
+def test_divergence_keeps_what_was_measured(tmp_path):
     with MetricsLog(tmp_path) as log, pytest.raises(DivergenceError, match=r"the loss is (nan|inf) at step"):
         run(small_model(norm="none"), small_experiment(learning_rate=1e12), log)
     assert all(np.isfinite(record["train_loss"]) for record in read_metrics(tmp_path))
@@ -314,7 +314,7 @@ def test_a_recipe_is_where_settings_start():
 
 
 @pytest.mark.slow
-def test_the_plain_activation_is_trained_beside_and_drawn_in_the_same_picture(tmp_path, run_main):
+def test_plain_activation_is_trained_beside(tmp_path, run_main):
     arguments = ("--model", "mlp10", "--epochs", "2", "--learning-rate", "0.02", "--workdir", str(tmp_path))
     status, output = run_main(train_resnet, *arguments)
     assert status == 0

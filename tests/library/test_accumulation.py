@@ -37,7 +37,7 @@ def gradient_and_state(model, variables, x):
     return jax.grad(loss, has_aux=True)(variables["params"])
 
 
-def test_microbatches_that_share_a_mapped_axis_equal_the_full_batch():
+def test_microbatches_on_an_axis_are_one_batch():
     def microbatch(x):
         gradient, state = gradient_and_state(Net("microbatch"), VARIABLES, x)
         return jax.lax.pmean(gradient, "microbatch"), state
@@ -51,7 +51,7 @@ def test_microbatches_that_share_a_mapped_axis_equal_the_full_batch():
 
 
 @pytest.mark.slow
-def test_microbatches_in_sequence_are_batches_of_their_own():
+def test_microbatches_in_sequence_are_batches():
     def microbatch(stats, x):
         gradient, stats = gradient_and_state(Net(), {**VARIABLES, "batch_stats": stats}, x)
         return stats, gradient
@@ -67,7 +67,7 @@ def test_microbatches_in_sequence_are_batches_of_their_own():
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.99])
-def test_a_root_of_the_momentum_keeps_the_memory_in_steps(momentum):
+def test_root_of_momentum_keeps_the_memory(momentum):
     running = activation_stats(jax.nn.swish, X)._replace(count=jnp.float32(10_000))
     batch = gaussian_stats(jax.nn.swish)._replace(count=jnp.float32(8), mean_in=jnp.float32(100))
     expected = update_stats(running, batch, momentum=momentum)

@@ -22,7 +22,7 @@ def test_nonlinearity_is_measured_on_normal_numbers():
 
 
 @pytest.mark.parametrize("name", ["relu", "swish", "tanh"])
-def test_nonlinearity_is_the_slope_at_1_of_the_correlation_map(name):
+def test_nonlinearity_is_slope_of_correlation_map(name):
     f, c = ACTIVATIONS[name], 0.999
     x, other = jax.random.normal(jax.random.key(0), (2, 1_000_000))
     both = np.asarray([f(x), f(c * x + jnp.sqrt(1 - c**2) * other)], np.float64)
@@ -32,7 +32,7 @@ def test_nonlinearity_is_the_slope_at_1_of_the_correlation_map(name):
     np.testing.assert_allclose(slope - 1, nonlinearity(f), atol=0.04 if name == "relu" else 0.01)
 
 
-def test_linear_and_constant_functions_stay_as_they_are():
+def test_linear_and_constant_stay_as_they_are():
     x = jnp.array([-1.0, 2.0])
     for f, expected in ((lambda x: 3 * x, 0.0), (jnp.ones_like, np.inf)):
         np.testing.assert_allclose(nonlinearity(f), expected, atol=1e-5)

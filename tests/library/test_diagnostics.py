@@ -65,7 +65,7 @@ def test_unmodified_linen_model_equals_autodiff():
     np.testing.assert_allclose(both, gradient["twice"]["kernel"], rtol=1e-4, atol=1e-6)
 
 
-def test_variances_are_mean_squares_eager_compiled_and_mapped():
+def test_variances_are_mean_squares():
     model, variables = stranger()
     loss = loss_of(model)
     measure, passed = variances(loss), jax.jit(pass_through(loss))(variables, X)
@@ -90,7 +90,7 @@ def test_lifted_transforms_change_nothing(transform):
 @pytest.mark.parametrize(
     "transform", [nn.scan, pytest.param(functools.partial(nn.vmap, in_axes=0, axis_size=4), marks=pytest.mark.slow)]
 )
-def test_layers_that_run_several_times_at_once_are_nan_and_the_others_as_they_are(transform):
+def test_layers_run_several_times_at_once_are_nan(transform):
     lift = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
     more = {"length": 3} if transform is nn.scan else {}
     model, variables = stranger(block=lambda: transform(Block, **lift, **more)(name="stack"))
@@ -185,7 +185,7 @@ class Three(nn.Module):
         return x
 
 
-def test_gains_of_the_published_rule_balance_on_the_batch():
+def test_published_gains_balance_on_the_batch():
     model, x = Three(), X.reshape(-1, 9)
     variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x)
     variables["params"]["act_2"]["alpha"] += 0.4
@@ -221,7 +221,7 @@ class TwoKinds(nn.Module):
     [Standardized(), Standardized(std=1.0, tempering=0.1), Published()],
     ids=["default", "tempered", "published"],
 )
-def test_gains_on_a_batch_are_those_of_its_statistics_for_any_form(form):
+def test_gains_on_a_batch_for_any_form(form):
     model, x = TwoKinds(form), X.reshape(-1, 9)
     variables = jax.jit(model.init)(jax.random.key(0), x)
     (row,) = jax.jit(
@@ -325,7 +325,7 @@ def test_compiled_nnx_blocks_have_a_row_for_each_call():
     np.testing.assert_allclose([row.signal for row in rows], [np.mean(z**2) for z in signals], rtol=1e-4)
 
 
-def test_losses_that_change_from_trace_to_trace_are_named():
+def test_changing_losses_are_named():
     dense, calls = nn.Dense(3), iter((1, 2))
 
     def loss(params, x):

@@ -23,7 +23,7 @@ IMAGES = 0.5 + 2 * jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
     [Standardized(), Standardized(axis=1), Published(learned=True)],
     ids=["default", "another axis", "learned"],
 )
-def test_function_equals_linen_s_inference_and_holds_two_constants(form):
+def test_function_equals_linen_inference(form):
     layer = anact_jax.linen.NGELU(form=form, use_running_average=False)
     variables = layer.init(jax.random.key(0), IMAGES)
     _, updates = layer.apply(variables, IMAGES, mutable=["batch_stats"])
@@ -39,7 +39,7 @@ def test_function_equals_linen_s_inference_and_holds_two_constants(form):
     assert not {"sqrt", "rsqrt", "reduce_sum", "div"} & set(re.findall(r"= (\w+)", str(jaxpr)))
 
 
-def test_function_of_nnx_stays_when_the_layer_trains_on():
+def test_nnx_function_is_a_snapshot():
     layer = anact_jax.nnx.NSwish()
     x = IMAGES[:, 0, 0]
     prior = as_function(layer)
@@ -54,7 +54,7 @@ def test_function_of_nnx_stays_when_the_layer_trains_on():
 
 
 @pytest.mark.parametrize("form", [Standardized(), Published(learned=True)], ids=["default", "published"])
-def test_normalization_before_training_is_that_of_normal_input(form):
+def test_untrained_normalization_is_gaussian(form):
     layer = anact_jax.linen.ANAct(jnp.tanh, form=form, use_running_average=True)
     expected = form.factor_and_shift(gaussian_stats(jnp.tanh))
     found = layer.bind(layer.init(jax.random.key(0), IMAGES)).normalization()
@@ -64,7 +64,7 @@ def test_normalization_before_training_is_that_of_normal_input(form):
     chex.assert_trees_all_equal(same.normalization(), found)
 
 
-def test_linen_layer_without_variables_says_how_to_bind():
+def test_unbound_layer_says_how_to_bind():
     layer = anact_jax.linen.NReLU(use_running_average=True, form=Published(learned=True))
     for wrong in (layer, layer.bind({}), layer.bind({"batch_stats": {"NReLU_0": {}}})):
         with pytest.raises(ValueError, match=r"layer.bind\({'batch_stats': ..., 'params': ...}\)"):
@@ -131,7 +131,7 @@ def training_step(api, form, features):
         pytest.param("linen", "default", marks=pytest.mark.slow),
     ],
 )
-def test_training_step_is_exported_with_a_batch_of_any_size(api, form):
+def test_export_with_a_batch_of_any_size(api, form):
     step, state = training_step(api, form, 6)
     symbols = jax.export.symbolic_shape("b, 5, 5, 6")
     x = jax.ShapeDtypeStruct(symbols, jnp.float32)
@@ -144,7 +144,7 @@ def test_training_step_is_exported_with_a_batch_of_any_size(api, form):
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 5, 6), (64, 32, 32, 16)])
-def test_training_step_is_exported_for_cpu_gpu_and_tpu_in_one(shape):
+def test_export_for_cpu_gpu_and_tpu_in_one(shape):
     step, state = training_step("linen", "default", shape[-1])
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     exported = jax.export.export(jax.jit(step), platforms=["cpu", "cuda", "tpu"])(state, x, x)
@@ -153,7 +153,7 @@ def test_training_step_is_exported_for_cpu_gpu_and_tpu_in_one(shape):
     chex.assert_trees_all_close(exported.call(state, x, target), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_function_of_a_learned_activation_is_a_snapshot():
+def test_learned_function_is_a_snapshot():
     x = IMAGES[:, 0, 0]
     layer = anact_jax.nnx.ANAct(nnx.PReLU(), 3, tempering=0.1)
     layer(x)

@@ -137,7 +137,7 @@ def test_under_vmap():
     chex.assert_trees_all_close(gradient(normalize), gradient(formula), rtol=1e-5, atol=1e-6)
 
 
-def test_an_activation_that_learns_is_differentiated_too():
+def test_learned_activation_is_differentiated():
     x, factor, shift = some(jax.random.key(0), (4, 3), (-1,))
 
     def loss(g, slope):
@@ -176,7 +176,7 @@ def test_scaling_for_a_cpu_equals_the_formula(shape, axes, small_parts):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="XLA wrote one such array before")
-def test_sums_for_the_factor_share_nothing_of_the_inputs_size_with_the_gradient_in_x():
+def test_factor_sums_share_no_array_with_x_gradient():
     x, factor, shift = some(jax.random.key(0), (8, 32, 32, 64), (-1,))
 
     def backward(*a):

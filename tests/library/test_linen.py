@@ -246,7 +246,7 @@ def test_using_and_updating_are_independent(use_running_average, update):
         np.testing.assert_array_equal(layer.apply(variables, X), expected)
 
 
-def test_one_trace_a_mode_over_ten_steps_with_fresh_modules():
+def test_one_trace_a_mode_over_ten_steps():
     """A fresh but equal module traced again elsewhere (flax#4994)."""
 
     @jax.jit
@@ -268,7 +268,7 @@ def test_one_trace_a_mode_over_ten_steps_with_fresh_modules():
     assert NSwish() == NSwish()
 
 
-def test_learnable_correction_starts_at_zero_stays_bounded_and_learns():
+def test_learned_correction_is_bounded():
     layer = anact_jax.linen.NSwish(form=Published(learned=True), use_running_average=False)
     variables = layer.init(jax.random.key(0), X)
     chex.assert_trees_all_equal(variables["params"]["alpha"], jnp.zeros(()))
@@ -347,7 +347,7 @@ def test_bad_options_are_refused_when_made(options, error, message):
     "module",
     [name if name in ("NReLU", "NTanh") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES.values()],
 )
-def test_pickled_and_copied_modules_give_the_same_output(module):
+def test_pickles_and_copies_give_the_same_output(module):
     layer = getattr(anact_jax.linen, module)(use_running_average=True)
     variables = layer.init(jax.random.key(0), X)
     y = layer.apply(variables, X)
@@ -377,7 +377,7 @@ def test_traced_momentum_gives_the_state_of_the_number():
     )
 
 
-def test_mode_given_nowhere_is_an_error_that_names_layer_and_option():
+def test_missing_mode_is_an_error():
     model = nn.Sequential([nn.Dense(4), NSwish()])
     with pytest.raises(ValueError, match=r"NSwish 'layers_1' does not know.*pass use_running_average=False or True"):
         model.init(jax.random.key(0), X)
@@ -385,7 +385,7 @@ def test_mode_given_nowhere_is_an_error_that_names_layer_and_option():
 
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("module", ["ANAct", "NSwish", "NReLU"])
-def test_array_in_the_constructor_is_an_error_that_says_so(module):
+def test_array_in_the_constructor_is_an_error(module):
     with pytest.raises(TypeError, match=rf"{module} is a layer: .* array of shape \(32, 6\) and dtype float32"):
         getattr(anact_jax.linen, module)(X)
 
@@ -543,7 +543,7 @@ def prelu():
 
 
 @pytest.mark.parametrize("make", [LearnedSlope, prelu])
-def test_gradient_in_a_learned_slope_equals_finite_differences(make):
+def test_learned_slope_gradient(make):
     with jax.enable_x64(True):
         model, x = make(), jnp.asarray(X, jnp.float64)
         variables = model.init(jax.random.key(0), x)

@@ -105,7 +105,7 @@ def trained(steps, **options):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_ten_training_steps_equal_linen_s_to_the_last_bit(options):
+def test_training_equals_linen_to_the_bit(options):
     losses, (state, expected_state), (outputs, expected) = trained(10, **options)
     assert all(ours == linen for ours, linen in losses)
     assert losses[0] != losses[-1]
@@ -356,7 +356,7 @@ def test_groups_of_shards():
 @pytest.mark.parametrize(
     "name", [name if name in ("NReLU", "NTanh") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
-def test_pickled_and_copied_modules_give_the_same_output(name):
+def test_pickles_and_copies_give_the_same_output(name):
     x, layer = batches(1)[0], getattr(anact_jax.nnx, name)(6, use_running_average=True)
     y = layer(x)
     for copied in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
@@ -430,7 +430,7 @@ def test_momentum_for_each_channel():
 
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("name", ["ANAct", "NSwish", "NReLU"])
-def test_array_in_the_constructor_is_an_error_that_says_so(name):
+def test_array_in_the_constructor_is_an_error(name):
     with pytest.raises(TypeError, match=rf"{name} is a layer: .* array of shape \(16, 6\) and dtype float32"):
         getattr(anact_jax.nnx, name)(batches(1)[0])
 
@@ -517,7 +517,7 @@ def test_state_in_bfloat16_stays_in_it_and_works(use_running_average):
     chex.assert_trees_all_close(widened, state_of(wide), rtol=2.0**-8)
 
 
-def test_gradient_in_a_learned_slope_equals_finite_differences():
+def test_learned_slope_gradient():
     with jax.enable_x64(True):
         x = jnp.asarray(batches(1)[0], jnp.float64)
         layer = ANAct(nnx.PReLU(0.25, param_dtype=jnp.float64), 6)
@@ -538,7 +538,7 @@ def test_gradient_in_a_learned_slope_equals_finite_differences():
 
 
 @pytest.mark.parametrize("use_running_average", [False, True])
-def test_eager_is_jit_after_the_slope_was_changed_in_place(use_running_average):
+def test_changed_slope_eager_is_jit(use_running_average):
     x, layer = batches(1)[0], ANAct(nnx.PReLU(), 6, use_running_average=use_running_average)
     run = nnx.jit(lambda layer, x: layer(x))
     before = layer(x)
@@ -549,7 +549,7 @@ def test_eager_is_jit_after_the_slope_was_changed_in_place(use_running_average):
     assert not np.allclose(after, before, atol=0.01)
 
 
-def test_bridge_to_linen_keeps_statistics_in_batch_stats():
+def test_bridge_keeps_batch_stats():
     class Holder(nnx.Module):
         def __init__(self, rngs):
             self.act = NSwish(6, form="published", rngs=rngs)

@@ -29,7 +29,7 @@ class Net(nn.Module):
     ["relu", "swish", *(pytest.param(n, marks=pytest.mark.slow) for n in ACTIVATIONS if n not in ("relu", "swish"))],
 )
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
-def test_half_precision_keeps_its_dtype_and_measures_in_float32(name, dtype):
+def test_half_precision_measures_in_float32(name, dtype):
     f = ACTIVATIONS[name]
     x = 1.0 + 3.0 * jax.random.normal(jax.random.key(0), (256, 4))
     prior = initial_stats(f, shape=(4,))
@@ -43,7 +43,7 @@ def test_half_precision_keeps_its_dtype_and_measures_in_float32(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_training_in_half_precision_keeps_the_state_s_dtype_and_traces_once(dtype):
+def test_half_precision_training_keeps_dtypes(dtype):
     model, x = Net(dtype), jax.random.normal(jax.random.key(0), (32, 8))
     variables = model.init(jax.random.key(1), x, True)
 
@@ -67,7 +67,7 @@ def test_training_in_half_precision_keeps_the_state_s_dtype_and_traces_once(dtyp
 
 
 @pytest.mark.parametrize("poison", ["gradient", "input"])
-def test_skipped_steps_of_loss_scaling_do_not_poison_the_state(poison):
+def test_loss_scaling_does_not_poison_the_state(poison):
     """A loss scale beyond float16, or an input that is not finite: that step is skipped, the next one is good."""
     model, x = Net(jnp.float16), jax.random.normal(jax.random.key(0), (32, 8))
     optimizer = optax.apply_if_finite(optax.sgd(0.05), max_consecutive_errors=5)
@@ -162,7 +162,7 @@ def test_a_learned_form_trains_under_x64_in_both_apis(dtype):
     "name", [name if name in ("swish", "relu") else pytest.param(name, marks=pytest.mark.slow) for name in ACTIVATIONS]
 )
 @pytest.mark.usefixtures("standard_promotion")
-def test_default_is_batchnorm_of_the_tempered_activation(name):
+def test_default_is_batchnorm_of_f(name):
     form = Standardized(std=1.0, tempering=0.1)
     f = tempered(ACTIVATIONS[name], form.tempering)
     with jax.enable_x64(True):

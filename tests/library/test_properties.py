@@ -105,7 +105,7 @@ _steps = {
 
 
 @given(names, values)
-def test_training_and_inference_agree_after_the_first_batch(name, x):
+def test_first_batch_training_is_inference(name, x):
     trained, running = _steps[name, False](x, gaussian_stats(ACTIVATIONS[name]))
     evaluated, same = _steps[name, True](x, running)
     chex.assert_trees_all_equal(same, running)

@@ -78,7 +78,7 @@ def bad_batches():
 
 
 @pytest.mark.parametrize(("name", "bad"), list(bad_batches()))
-def test_bad_batch_changes_nothing_and_the_next_good_one_counts(name, bad):
+def test_bad_batch_changes_nothing(name, bad):
     running = update_stats(PRIOR, batch(1))
     chex.assert_trees_all_equal(update_stats(running, bad), running)
     after = update_stats(update_stats(running, bad), batch(2))
@@ -105,7 +105,7 @@ def test_state_dtype_never_changes(dtype):
         chex.assert_type(list(update_stats(running, wide)), jnp.float32)
 
 
-def test_evaluation_before_training_uses_the_gaussian_reference():
+def test_untrained_layer_uses_the_reference():
     for form in (Standardized(), Published()):
         chex.assert_tree_all_finite(form.factor_and_shift(PRIOR))
 

@@ -112,7 +112,7 @@ def test_no_elements():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
-def test_spoiled_batch_is_flagged_and_its_gradient_stays_finite(bad):
+def test_spoiled_batch_has_a_finite_gradient(bad):
     x = jnp.asarray(normal((8, 3))).at[2, 1].set(bad)
 
     def total(x):
@@ -142,7 +142,7 @@ def test_first_elements_far_from_the_rest():
     assert_moments(stats, helpers.stats("elu", x, axes=(0,)), rtol=5e-5)
 
 
-def test_masked_elements_get_no_gradient_even_where_f_has_none():
+def test_masked_elements_get_no_gradient():
     x, mask = jnp.array([0.0, -1.0, 2.0, 3.0]), jnp.array([False, False, True, True])
     gradient = jax.grad(lambda x: sum(activation_stats(jnp.log, x, mask=mask)[1:]))(x)
     np.testing.assert_array_equal(gradient[:2], 0.0)

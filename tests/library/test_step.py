@@ -120,7 +120,7 @@ def test_published_balances_the_gains(name):
     np.testing.assert_allclose((1 / forward + 1 / backward) / 2, 1, rtol=1e-4)
 
 
-def test_identical_batches_make_inference_equal_training_after_any_number_of_steps():
+def test_identical_batches_inference_is_training():
     x, running = normal(mean=1.0), PRIOR
     for _ in range(20):
         trained, running = anact(jax.nn.swish, x, running, CENTERED, momentum=0.99)
@@ -190,7 +190,7 @@ def test_bfloat16_factor_within_a_percent_of_float32(name):
     np.testing.assert_allclose(narrow.factor, wide.factor, rtol=1e-2)
 
 
-def test_masked_elements_are_not_counted_but_normalized():
+def test_masked_elements_are_normalized_only():
     x, mask = normal(shape=(6, 5, 4)), jnp.arange(5)[None, :, None] < 3
     y, running = anact(jax.nn.swish, x, PRIOR, FORM, mask=mask)
     valid, alone = anact(jax.nn.swish, x[:, :3], PRIOR, FORM)
@@ -219,7 +219,7 @@ def test_state_carries_no_gradient():
     chex.assert_trees_all_equal(jax.grad(count_on_state)(normal()), jnp.zeros((64, 8)))
 
 
-def test_stop_gradient_decides_whether_the_factor_is_a_constant():
+def test_stop_gradient_holds_the_factor():
     x = normal()
 
     def loss(x, form):

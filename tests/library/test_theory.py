@@ -302,7 +302,7 @@ def test_constant_factor_shift_and_bias():
     np.testing.assert_allclose(variances.gradient, (5 * 4 * 0.5, 1.0), rtol=1e-4)
 
 
-def test_an_activation_before_weights_or_behind_them_is_the_same():
+def test_activation_before_or_after_weights():
     act, weights = layer(jnp.tanh, OPTIONS["published"], 40, 50, weight_var=0.03), Layer(linear, 40, 50, 0.03)
     apart = propagate([weights, Elementwise(jnp.tanh, act.normalization), weights], input_sq=jnp.array([0.5, 2.0]))
     chex.assert_trees_all_close(apart, propagate([act, weights], input_sq=jnp.array([0.5, 2.0])), rtol=1e-6)

@@ -64,7 +64,7 @@ def by_hand(f, x, form):
         *(pytest.param(way, marks=pytest.mark.slow) for way in ("partial", "jitted closure")),
     ],
 )
-def test_learned_slope_has_the_gradient_of_the_formula_and_of_finite_differences(way):
+def test_learned_slope_gradient(way):
     f = leaky if way == "custom_jvp closure" else swish
     with jax.enable_x64(True):
         x, form = jnp.asarray(X, jnp.float64), Standardized(std=1.0, tempering=0.1, epsilon=1e-3)
@@ -112,7 +112,7 @@ class Mutable:
         return swish(x, jnp.asarray(self.slope, x.dtype))
 
 
-def test_nothing_of_a_function_that_changed_is_remembered(monkeypatch):
+def test_changed_function_is_traced_again(monkeypatch):
     def output(f, x):
         form = Standardized(std=1.0, axis=None, stop_gradient=True, tempering=0.05)
         return anact(f, x, initial_stats(f, form), form)[0]
@@ -161,7 +161,7 @@ def test_only_functions_of_the_libraries_are_permanent():
 
 
 @pytest.mark.parametrize("f", [with_a_rule, decorated], ids=["rule", "decorated"])
-def test_variables_read_by_rules_and_decorated_are_current(f, monkeypatch):
+def test_variables_read_by_rules_are_current(f, monkeypatch):
     def gradient(x):
         form = Standardized(stop_gradient=True)
         return jax.grad(lambda x: jnp.sum(anact(f, x, initial_stats(f, form, (6,)), form)[0]))(x)
@@ -348,13 +348,13 @@ def test_a_reverse_rule_alone_serves_both_modes(form):
     np.testing.assert_allclose(gaussian_stats(ours), gaussian_stats(plain), rtol=1e-6)
 
 
-def test_a_reverse_rule_alone_over_an_array_is_refused_with_the_remedy():
+def test_reverse_rule_over_an_array_is_refused():
     slope = jnp.float32(0.3)
     with pytest.raises(TypeError, match=r"jax.custom_vjp, which has no forward mode; define it by jax.custom_jvp"):
         anact(reverse_only(lambda x: swish(x, slope)), X, initial_stats(jax.nn.swish, shape=(6,)))
 
 
-def test_a_slope_for_each_channel_is_refused_with_the_reason():
+def test_slope_for_each_channel_is_refused():
     slopes = jnp.linspace(0.1, 1.0, 6)[None]
     with pytest.raises(ValueError, match=r"A slope for each channel is not supported, since"):
         anact_jax.linen.ANAct(lambda x: leaky(x, slopes), use_running_average=False).init(jax.random.key(0), X)
@@ -362,7 +362,7 @@ def test_a_slope_for_each_channel_is_refused_with_the_reason():
         anact_jax.nnx.ANAct(lambda x: leaky(x, slopes), 6)
 
 
-def test_traced_makes_constants_of_what_a_function_closes_over():
+def test_closed_over_arrays_become_constants():
     g, constants = traced(lambda x: swish(x, jnp.float32(2.0)), X)
     assert constants == ()  # a literal
     g, constants = traced(WAYS["closure"](swish, jnp.full((1, 1), 2.0)), X)
@@ -370,7 +370,7 @@ def test_traced_makes_constants_of_what_a_function_closes_over():
     np.testing.assert_allclose(g((jnp.full((1, 1), 0.5),), X[:2]), swish(X[:2], jnp.float32(0.5)), rtol=1e-6)
 
 
-def test_constants_are_numpy_arrays_under_any_trace_and_mesh():
+def test_constants_are_numpy_under_any_trace():
     found = []
 
     @jax.jit

@@ -57,7 +57,7 @@ def test_bad_settings_end_in_one_line_before_training(arguments, message, refuse
     assert output.out == ""
 
 
-def test_every_side_comes_once_and_plain_ones_have_no_form():
+def test_every_side_comes_once():
     config = Config(
         activations=("swish", "nswish"),
         variations=("Deep Kernel Shaping",),
@@ -84,7 +84,7 @@ def cell(seed=0, rate=0.1, on_test=True, **settings):
     return Cell(changed(Recipe(), learning_rate=rate, seed=seed, **(usual | settings)), on_test)
 
 
-def test_learning_rate_is_chosen_by_all_choice_seeds_and_never_by_the_test_split(tmp_path):
+def test_learning_rate_is_chosen_on_validation(tmp_path):
     """With the first seed 0.3 looks best, but it mostly fails; on the test split 0.01 would win."""
     results = Results(tmp_path / "results.jsonl")
     config = Config(learning_rates=(0.01, 0.1, 0.3), choice_seeds=3, seeds=5)
@@ -98,7 +98,7 @@ def test_learning_rate_is_chosen_by_all_choice_seeds_and_never_by_the_test_split
     assert choose_rate(cell(on_test=False), config, results) == 0.1
 
 
-def test_of_equal_learning_rates_the_smallest_is_chosen(tmp_path):
+def test_smallest_of_equal_rates_is_chosen(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     config = Config(learning_rates=(0.3, 0.1, 0.2), choice_seeds=1, seeds=1)
     for rate in config.learning_rates:
@@ -147,7 +147,7 @@ def test_the_key_of_a_cell_spells_the_form_out():
     assert cell()._replace(variation="another").key != cell().key
 
 
-def test_a_variation_that_lost_names_the_commit_that_runs_it(tmp_path):
+def test_lost_variation_names_its_commit(tmp_path):
     lost = cell(model="mlp5")._replace(variation="mean+center+unit+diff+feature+lag")
     with pytest.raises(ValueError, match=r"experiments/compare\.py of commit ce3e8fc runs it"):
         run_cells([lost], Results(tmp_path / "results.jsonl"), Storage(), network_of)
@@ -225,7 +225,7 @@ def test_table_has_plain_beside_normalized(tmp_path):
     ]
 
 
-def test_the_report_opens_with_the_winner_and_reads_on_a_phone(tmp_path):
+def test_report_opens_with_the_winner(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     for activation, form, norm, accuracy in (
         ("swish", "default", "none", 0.5),
@@ -249,7 +249,7 @@ def test_the_report_opens_with_the_winner_and_reads_on_a_phone(tmp_path):
     assert "<em>at</em>" in page
 
 
-def test_a_learning_rate_chosen_anew_replaces_the_runs_at_the_old_one(tmp_path):
+def test_new_rate_replaces_runs_at_the_old_one(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     for seed, rate, accuracy in ((0, 0.1, 0.5), (1, 0.1, 0.5), (0, 0.01, 0.9)):
         results.add(cell(seed, rate), outcome(0.5, accuracy))
@@ -297,7 +297,7 @@ def test_runs_in_one_program_equal_runs_alone():
 
 
 @pytest.mark.slow
-def test_a_diverged_run_counts_as_guessing_and_the_others_go_on():
+def test_diverged_run_counts_as_guessing():
     data = small_digits()
     model = MLP(make_layers("relu", "none"), classes=10, depth=2, width=16)
     cells = small_cells((1e20, 0), (0.1, 0))

@@ -42,7 +42,7 @@ def points(pairs, activation):
     return [Point(activation, 1.0, distance, loss, 0.1) for distance, loss in pairs]
 
 
-def test_rank_correlation_of_what_rises_or_falls_together():
+def test_rank_correlation():
     up = points([(1, 0.1), (2, 0.2), (3, 0.9)], "relu") + points([(1.5, 0.15), (2.5, 0.25)], "nrelu")
     more = points([(4, 1.0), (5, 1.2)], "nswish")
     assert rank_correlation(up + more) == (1, 1, 1)

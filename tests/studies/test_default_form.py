@@ -58,7 +58,7 @@ def test_rows_pair_plain_with_the_form_and_find_rivals(tmp_path):
     assert line == "| mlp10 on digits | swish | +60.0 ± 24.8 | -10.0 ± 0.0 | +10.0 ± 24.8 |"
 
 
-def test_behind_a_normalization_layer_the_rivals_are_what_could_stand_in_its_place(tmp_path):
+def test_rivals_after_a_normalization_layer(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     for norm, activation in (("batch", "swish"), ("batch", "nswish"), ("layer", "swish"), ("none", "swish")):
         add(results, activation, [0.5, 0.6], norm=norm)
@@ -70,7 +70,7 @@ def test_behind_a_normalization_layer_the_rivals_are_what_could_stand_in_its_pla
     assert row.best_rival == "ReLU, He"
 
 
-def test_forms_stand_in_rows_where_many_were_tried_and_in_columns_elsewhere(tmp_path):
+def test_many_forms_are_rows_few_are_columns(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     add(results, "swish", [0.5, 0.5])
     for number, std in enumerate((0.3, 0.4, 0.5, 0.6, 0.7, 1.0)):
@@ -88,7 +88,7 @@ def test_forms_stand_in_rows_where_many_were_tried_and_in_columns_elsewhere(tmp_
     ]
 
 
-def test_ways_are_set_against_the_same_form_without_them(tmp_path):
+def test_variations_against_their_form(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     for norm in ("none", "batch"):
         add(results, "nswish", [0.5, 0.6], norm=norm)

@@ -70,7 +70,7 @@ def test_predicted_for_wide_random_networks(activation):
         np.testing.assert_allclose(jnp.mean(values, 1), jnp.mean(expected, 1), rtol=0.15, err_msg=field)
 
 
-def test_geometric_mean_over_networks_of_the_hidden_layers():
+def test_geometric_mean_over_networks():
     values = jnp.array([[[1.0, 3.0], [9.0, 9.0]], [[8.0, 8.0], [9.0, 9.0]]])  # networks, layers, examples
     (level,) = over_networks(Variances(values, values, 0.0 * values))["gradient"]
     assert level == pytest.approx(4.0)

@@ -40,7 +40,7 @@ def test_deep_kernel_shaping_knows_the_depth(model, depth):
 
 
 @pytest.mark.slow
-def test_deep_kernel_shaping_counts_shortcuts_by_their_weight():
+def test_deep_kernel_shaping_weighs_shortcuts():
     depth = Depth(3, (2, 1))
     assert depth.slope(1.1) == pytest.approx(1.1**3 * (0.64 + 0.36 * 1.1**2) * (0.64 + 0.36 * 1.1))
     assert Depth(0, (2,)).slope(1.1) == pytest.approx(1.1**2)  # the branch alone
