@@ -25,7 +25,7 @@ from experiments.forms import form_named
 from experiments.networks import MODELS, NORMS, ActivationName, check_name
 from experiments.networks.build import check_devices
 from experiments.studies.grid import Cell, Outcome, Results, run_cells
-from experiments.studies.report import write_reports
+from experiments.studies.report import write_report
 from experiments.studies.rivals import VARIATIONS, VARIATIONS_OF_FORMS, network_of
 
 FINALISTS = 2  # learning rates that are tried with all seeds of the choice
@@ -64,7 +64,7 @@ class Config(Storage, Training, Parts, Data):
     validation_images: int = 360
     """training images held out to choose the learning rate on"""
     workdir: Path = Path("comparison")
-    """folder for results.jsonl and the reports"""
+    """folder for results.jsonl and the report"""
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
@@ -126,8 +126,7 @@ def main() -> int:
     except OSError as error:
         return fail(f"{error}; what is finished is in {config.workdir}, the same command goes on", FAILED)
     command = shlex.join(["python", "experiments/studies/compare.py", *sys.argv[1:]])
-    for path in write_reports(results, config.workdir, command):
-        print(path)
+    print(write_report(results, config.workdir, command))
     return 0
 
 
