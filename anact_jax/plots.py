@@ -9,6 +9,7 @@ import numpy as np
 from anact_jax.diagnostics import LayerGains, Rows
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Over: TypeAlias = Literal["depth", "training"]
@@ -16,16 +17,18 @@ Over: TypeAlias = Literal["depth", "training"]
 _LINES_IN_LEGEND = 8
 _LAYERS = "layer, from input to output"
 _GAINS = {"forward": "signals", "backward": "gradients"}
+_MARKERS = "osD^vP*X"
 _GOOD_GAINS = (
-    "Good: both near 1, or products that stay near 1. A Standardized layer brings any input to one\n"
-    "deviation, so that wide input, as after an addition, shows as gains below 1."
+    "Bad: signals or gradients that grow or vanish over the layers. In a chain gains and weights multiply,\n"
+    "and their product should stay near 1. After weights or additions that raise the variance, a gain below 1 is right."
 )
 
 
 def draw(records: Mapping[Any, Rows], *, over: Over = "depth") -> "Figure":
     """A picture of rows that were recorded at several steps, or of several models.
 
-    There is a panel for each number. Gains over depth have one for each record instead, with a line at 1.
+    There is a panel for each number. Gains over depth have one for each record instead, with a line at 1; a plain
+    activation, whose factor is 1 and whose shift is 0, has one line for each gain there, a normalized one two.
 
     Args:
         records: label, such as the training step or the model's name -> rows.
@@ -83,7 +86,7 @@ def draw(records: Mapping[Any, Rows], *, over: Over = "depth") -> "Figure":
             panel.plot(places, line, ".-", color=color, label=label if index in shown else None)
         finite = [number for line in values.values() for number in line if np.isfinite(number)]
         if finite and 0 <= 10 * min(finite) < max(finite):  # over decades
-            panel.set_yscale("log")
+            plain_log_scale(panel)
         panel.set(title=field.replace("_", " "), xlabel=_LAYERS if over == "depth" else "step")
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -93,37 +96,70 @@ def draw(records: Mapping[Any, Rows], *, over: Over = "depth") -> "Figure":
     return figure
 
 
+def plain_log_scale(panel: "Axes") -> None:
+    """A logarithmic y axis with ticks at 0.5, 1, 2, or at powers of 10 where it spans more than three decades.
+
+    To be called after drawing.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_locator(NullLocator())
+
+
 def _gains_by_layer(records: Mapping[Any, Sequence[LayerGains]]) -> "Figure":
     """A panel for each record, with both gains on one axis; a line joins layers that stand at the same place."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, MaxNLocator
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(1.6 + 5.4 * len(records), 4.4), layout="constrained")
+    figure = Figure(figsize=(2.6 + 5.4 * len(records), 4.6), layout="constrained")
     panels = figure.subplots(1, len(records), squeeze=False, sharey=True)[0]
+    places = list(dict.fromkeys(_place(row.name) for rows in records.values() for row in rows))
+    markers = {place: _MARKERS[index % len(_MARKERS)] for index, place in enumerate(places)}
+    legend: dict[str, Line2D] = {}
     for panel, (label, rows) in zip(panels, records.items(), strict=True):
         panel.axhline(1, color="black", linewidth=1)
         alike: dict[str, list[int]] = {}
         for index, row in enumerate(rows):
             alike.setdefault(_place(row.name), []).append(index)
         for color, (gain, of_what) in zip(("C0", "C1"), _GAINS.items(), strict=True):
-            for field, style, what in ((gain, "o-", "normalized"), (f"bare_{gain}", ":", "f(x) alone")):
-                for index, layers in enumerate(alike.values()):
+            for place, layers in alike.items():
+                plain = all(_is_plain(rows[layer]) for layer in layers)
+                lines = [(gain, "-", "plain activation" if plain else "normalized")]
+                lines += [] if plain else [(f"bare_{gain}", ":", "f(x) alone")]
+                for field, style, what in lines:
                     values = [float(getattr(rows[layer], field)) for layer in layers]
-                    name = f"{gain} ({of_what}), {what}" if index == 0 else None
-                    panel.plot([layer + 1 for layer in layers], values, style, color=color, markersize=4, label=name)
-        panel.set(title=str(label), xlabel=_LAYERS, yscale="log")
+                    marker = markers[place] if field == gain else ""
+                    look: dict[str, Any] = {"color": color, "linestyle": style, "markersize": 4}
+                    panel.plot([layer + 1 for layer in layers], values, marker=marker, **look)
+                    legend[f"{gain} ({of_what}), {what}"] = Line2D([], [], **look)
+        panel.set(title=str(label), xlabel=_LAYERS)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.yaxis.set_major_formatter(LogFormatter())
-        panel.yaxis.set_minor_formatter(LogFormatter())
-        panel.grid(alpha=0.3, which="both")
+        panel.grid(alpha=0.3)
     panels[0].set_ylabel("gain: variance out / variance in")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    drawn = np.concatenate([np.ravel(line.get_ydata()) for panel in panels for line in panel.lines])
+    drawn = drawn[np.isfinite(drawn) & (drawn > 0)]  # never empty: the line at 1
+    panels[0].set_ylim(min(0.45, 0.9 * drawn.min()), max(2.2, 1.1 * drawn.max()))
+    for panel in panels:
+        plain_log_scale(panel)
+    if len(places) > 1:
+        for place in places[:_LINES_IN_LEGEND]:
+            legend[place] = Line2D([], [], color="gray", linestyle="", marker=markers[place], markersize=4)
+    figure.legend(list(legend.values()), list(legend), loc="outside upper center", ncols=2)
     figure.supxlabel(_GOOD_GAINS, fontsize="medium")
     return figure
+
+
+def _is_plain(row: LayerGains) -> bool:
+    return float(row.factor) == 1 and float(row.shift) == 0
 
 
 def _place(name: str) -> str:
     """Where a layer stands, whatever the number of its block: the second activation of a block, for instance."""
     *blocks, layer = name.split("/")
-    return re.sub(r"\d+", "", "/".join(blocks)) + "/" + (layer if blocks else re.sub(r"\d+", "", layer))
+    without_numbers = [re.sub(r"_?\d+", "", part) for part in (*blocks, layer)]
+    return "/".join([*without_numbers[:-1], layer] if blocks else without_numbers)

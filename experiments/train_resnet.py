@@ -156,7 +156,7 @@ def _train(
         draw_learning_curves(workdir)
         if status == 0:
             pictures = workdir / "learning_curves.png", workdir / "gains.png"
-            draw({"trained": gains(state.evaluated)}).savefig(pictures[1], dpi=120)
+            draw({f"{activation_of(config)}, trained": gains(state.evaluated)}).savefig(pictures[1], dpi=120)
             show_pictures(workdir, *pictures)
             print(f"pictures: {pictures[0]}, {pictures[1]}")
             if beside is not None:

@@ -33,7 +33,7 @@ from experiments.config import (
 from experiments.data import DataError
 from experiments.forms import form_named
 from experiments.networks import MODELS, NORMS, ActivationName, check_name
-from experiments.studies.report import write_reports
+from experiments.studies.report import write_report
 from experiments.studies.results import Cell, Outcome, Results, run_cells
 from experiments.studies.rivals import VARIATIONS, VARIATIONS_OF_FORMS, network_of
 from experiments.training.build import check_devices
@@ -72,7 +72,7 @@ class Config:
     seeds: int = 5
     """runs at the chosen learning rate, measured on the test split"""
     workdir: Path = Path("comparison")
-    """folder for results.jsonl and the reports"""
+    """folder for results.jsonl and the report"""
     data: Data = Data(validation_images=360)
     parts: Parts = Parts()
     training: Training = Training()
@@ -139,8 +139,7 @@ def main() -> int:
     except OSError as error:
         return fail(f"{error}; what is finished is in {config.workdir}, the same command goes on", FAILED)
     command = shlex.join(["python", "experiments/studies/compare.py", *sys.argv[1:]])
-    for path in write_reports(results, config.workdir, command):
-        print(path)
+    print(write_report(results, config.workdir, command))
     return 0
 
 

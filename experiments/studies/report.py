@@ -1,8 +1,5 @@
-"""The report on a comparison: its tables and pictures, in Markdown and in one HTML file."""
+"""The report on a comparison: its tables and pictures, in Markdown."""
 
-import base64
-import html
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from experiments.data import DATASETS
 from experiments.forms import WORDS, label_of
 from experiments.studies.results import Results
-from experiments.studies.tables import Place, Runs, Side, Table, arrange, cell, markdown_table
+from experiments.studies.tables import Place, Runs, Side, Table, arrange, markdown_table
 
 _PANELS_IN_A_ROW = 3
 _HOW_TO_READ = (
@@ -119,28 +116,22 @@ def winner(table: Table) -> str:
     return "; ".join(parts) + "."
 
 
-def write_reports(results: Results, workdir: Path, command: str) -> list[Path]:
-    """Writes all results to `report.md`, with the pictures beside it, and to `report.html`, with the pictures in it."""
+def write_report(results: Results, workdir: Path, command: str) -> Path:
+    """Writes all results to `report.md`, with the pictures beside it."""
     tables = arrange(results)
     won = [f"{place.dataset}, {place.model}: {winner(table)}" for place, table in tables.items()]
-    opening = [won[0]] if len(won) == 1 else ["\n".join(f"- {sentence}" for sentence in won)]
-    intro = [*opening, f"Last addition by `{command}`.", _HOW_TO_READ]
-    markdown = ["# Comparison", *intro]
-    page = ["<h1>Comparison</h1>", *map(_paragraph, (*won, *intro[1:]))]
+    opening = won[0] if len(won) == 1 else "\n".join(f"- {sentence}" for sentence in won)
+    parts = ["# Comparison", opening, f"Last addition by `{command}`.", _HOW_TO_READ]
     for place, table in tables.items():
-        title, recipe, guessing = f"{place.dataset}, {place.model}", _recipe(place, table), 1 / DATASETS[place.dataset]
-        markdown += [f"## {title}", recipe, markdown_table(table)]
-        page += [f"<h2>{html.escape(title)}</h2>", _paragraph(recipe), _html_table(table)]
+        title, guessing = f"{place.dataset}, {place.model}", 1 / DATASETS[place.dataset]
+        parts += [f"## {title}", _recipe(place, table), markdown_table(table)]
         for kind, draw in (("curves", draw_curves), ("rates", draw_rates)):
             picture = workdir / f"{place.file_name}-{kind}.png"
             draw(table, picture, guessing)
-            markdown.append(f"![{title}, {kind}]({picture.name})")
-            encoded = base64.b64encode(picture.read_bytes()).decode()
-            page.append(f'<img alt="{html.escape(title)}, {kind}" src="data:image/png;base64,{encoded}">')
-    reports = workdir / "report.md", workdir / "report.html"
-    reports[0].write_text("\n\n".join(markdown) + "\n")
-    reports[1].write_text(_PAGE.format(body="\n".join(page)))
-    return list(reports)
+            parts.append(f"![{title}, {kind}]({picture.name})")
+    report = workdir / "report.md"
+    report.write_text("\n\n".join(parts) + "\n")
+    return report
 
 
 def _recipe(place: Place, table: Table) -> str:
@@ -154,41 +145,3 @@ def _recipe(place: Place, table: Table) -> str:
         f"of {place.batch_size}; learning rates "
         f"{', '.join(f'{rate:g}' for rate in rates)}; {' to '.join(map(str, {seeds[0]: 0, seeds[-1]: 0}))} seeds."
     )
-
-
-def _html_table(table: Table) -> str:
-    """A row for each activation on each side, so that it fits a narrow screen."""
-    rows = ["<tr><th>activation</th><th>network</th><th>test accuracy (against plain) at learning rate</th></tr>"]
-    for activation in sorted({name for column in table.values() for name in column}):
-        for side, column in table.items():
-            if activation in column:
-                cells = (activation, in_words(side), cell(table, side, activation))
-                rows.append("<tr>" + "".join(f"<td>{_inline(text)}</td>" for text in cells) + "</tr>")
-    return "<table>" + "".join(rows) + "</table>"
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{_inline(text)}</p>"
-
-
-def _inline(text: str) -> str:
-    """Markdown's bold, emphasis and code as HTML; a form may be broken at each plus."""
-    text = html.escape(text)
-    for pattern, tag in ((r"\*\*(.+?)\*\*", "b"), (r"\*(.+?)\*", "em"), (r"`(.+?)`", "code")):
-        text = re.sub(pattern, rf"<{tag}>\1</{tag}>", text)
-    return re.sub(r"(?<=[a-z])\+(?=[a-z])", "+<wbr>", text)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Comparison</title>
-<style>
-body {{ font-family: sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse }}
-th, td {{ border: 1px solid #ccc; padding: 0.2rem 0.6rem; text-align: left; overflow-wrap: anywhere }}
-td:first-child, th:first-child {{ overflow-wrap: normal }} code {{ overflow-wrap: anywhere }}
-img {{ max-width: 100%; display: block; margin: 1rem 0 }}
-</style>
-{body}
-</html>
-"""

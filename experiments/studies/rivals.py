@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from dks.base.activation_transform import get_transformed_activations
 from jaxtyping import Array, Float
 
 from anact_jax import ACTIVATIONS, Activation, Standardized, gaussian_stats, tempered
@@ -62,10 +61,16 @@ def deep_kernel_shaped(name: str, depth: Depth) -> Activation:
     By the authors' package `dks`, with its defaults (zeta = 1.5).
 
     Raises:
-        ValueError: that package does not know the activation.
+        ValueError: that package does not know the activation, or is missing.
     """
     if name not in _SHAPEABLE:
         raise ValueError(f"Deep Kernel Shaping is to be had for {', '.join(_SHAPEABLE)}, not for {name!r}")
+    try:
+        from dks.base.activation_transform import get_transformed_activations
+    except ImportError as error:
+        raise ValueError(
+            f"Deep Kernel Shaping needs {error.name}; install it: pip install -e '.[experiments]'"
+        ) from error
     with np.errstate(over="ignore"):  # its derivative of tanh far out, where it is 0
         shaped: Activation = get_transformed_activations(
             [name],

@@ -6,6 +6,7 @@ import jax
 import matplotlib
 
 from anact_jax.diagnostics import LayerVariances
+from anact_jax.plots import plain_log_scale
 from experiments.config import Experiment, Recipe
 from experiments.data import Dataset, first_examples
 from experiments.training.build import make_network
@@ -30,9 +31,8 @@ def draw_comparison(runs: tuple[Experiment, ...], dataset: Dataset, path: Path) 
         sizes = [float(row.gradient) for row in gradients_at_the_start(run.recipe, dataset)]
         gradients.plot(range(1, len(sizes) + 1), sizes, ".-", label=run.recipe.network.activation)
     accuracies.set(title="accuracy on test images", xlabel="epoch", ylim=(0, 1))
-    gradients.set(
-        title="gradients before training", xlabel="layer, from input to output", ylabel="mean square", yscale="log"
-    )
+    gradients.set(title="gradients before training", xlabel="layer, from input to output", ylabel="mean square")
+    plain_log_scale(gradients)
     for panel in (accuracies, gradients):
         panel.grid(alpha=0.3)
         panel.legend()

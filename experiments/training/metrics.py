@@ -18,6 +18,8 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 
+from anact_jax.plots import plain_log_scale
+
 Record: TypeAlias = dict[str, Any]
 
 
@@ -119,6 +121,11 @@ def draw_learning_curves(workdir: Path) -> None:
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
             panel.legend()
-    panels[0].set_yscale("log")
+    losses = [value for line in panels[0].lines for value in line.get_ydata() if math.isfinite(value) and value > 0]
+    if losses and 10 * min(losses) < max(losses):
+        plain_log_scale(panels[0])
+    if any("factor_min" in record for record in records):  # a run with normalized activations
+        note = "Test images are measured with running statistics, which lag behind the weights in the first epochs."
+        figure.supxlabel(note, fontsize="medium")
     figure.savefig(workdir / "learning_curves.png", dpi=120)
     plt.close(figure)

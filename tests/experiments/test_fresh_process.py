@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import PROGRAMS
+from helpers import PROGRAMS, ROOT
 
 SHARD_MAP = """
 import jax, jax.numpy as jnp
@@ -57,3 +57,36 @@ def test_a_missing_package_is_named_in_one_line(program):
     result = subprocess.run([sys.executable, "-c", run, program], capture_output=True, text=True, check=False)
     expected = "the programs need optax, tyro; install them: pip install -e '.[experiments]'\n"
     assert (result.returncode, result.stdout, result.stderr) == (1, "", expected)
+
+
+RUN_WITHOUT = """
+import importlib, pathlib, sys
+sys.modules["dks"] = sys.modules["mnist1d"] = None  # importing them fails
+for path in sorted(pathlib.Path("experiments").rglob("*.py")):
+    importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+from experiments.data import DataError, load
+from experiments.studies.rivals import Depth, deep_kernel_shaped
+for use in (lambda: deep_kernel_shaped("tanh", Depth(12)), lambda: load("mnist1d")):
+    try:
+        use()
+    except (ValueError, DataError) as error:
+        print(error)
+sys.argv[1:] = ["--model", "mlp5", "--norm", "none", "--epochs", "1", "--no-compare", "--workdir", sys.argv[1]]
+from experiments import inspect_runs, predict, train_resnet
+statuses = [train_resnet.main()]
+sys.argv[1:] = sys.argv[-1:]
+statuses += [predict.main(), inspect_runs.main()]
+print(statuses)
+"""
+
+
+@pytest.mark.slow
+def test_packages_of_one_study_can_be_missing(tmp_path):
+    root = ROOT
+    run = [sys.executable, "-c", RUN_WITHOUT, str(tmp_path / "run")]
+    result = subprocess.run(run, cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("Deep Kernel Shaping needs dks")
+    assert lines[1].startswith("mnist1d needs mnist1d")
+    assert lines[-1] == "[0, 0, 0]"

@@ -42,15 +42,34 @@ def test_gains_share_an_axis_with_a_line_at_1_and_those_at_one_place_are_joined(
     residual, chain = figure.axes
     assert [panel.get_title() for panel in (residual, chain)] == ["residual", "chain"]
     assert residual.get_yscale() == "log"
-    one, first, second, *_ = residual.lines
+    one, first, _, second, *_ = residual.lines
     assert one.get_ydata() == [1, 1]
     assert (first.get_xdata().tolist(), first.get_ydata().tolist()) == ([1, 3, 5], [1, 3, 5])
     assert (second.get_xdata().tolist(), second.get_ydata().tolist()) == ([2, 4, 6], [2, 4, 6])
     assert chain.lines[1].get_ydata().tolist() == [1, 3]
-    assert "Good: both near 1" in figure.get_supxlabel()
+    assert "product should stay near 1" in figure.get_supxlabel()
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names[0] == "forward (signals), normalized"
-    assert len(names) == 4
+    assert names[4:] == ["Block/ANAct_0", "Block/ANAct_1", "ANAct"]
+    assert len(residual.lines) == 1 + 2 * 2 * 2
+
+
+def test_a_plain_activation_has_one_line():
+    plain = [LayerGains("Plain_0", *map(jnp.float32, (0.6, 0.5, 1.0, 0.0, 0.6, 0.5)))]
+    figure = draw({"plain": plain})
+    assert len(figure.axes[0].lines) == 1 + 2
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["forward (signals), plain activation", "backward (gradients), plain activation"]
+
+
+def test_ticks_are_plain_numbers():
+    figure = draw({"a": gains_at(["ANAct_0"], [0.6])})
+    figure.draw_without_rendering()
+    panel = figure.axes[0]
+    low, high = panel.get_ylim()
+    shown = [label.get_text() for label in panel.get_yticklabels() if low <= label.get_position()[1] <= high]
+    assert {"0.5", "1", "2"} <= set(shown)
+    assert panel.yaxis.get_minorticklocs().size == 0
 
 
 def test_gains_over_training_have_a_panel_for_each_number():
