@@ -82,9 +82,8 @@ print(statuses)
 
 @pytest.mark.slow
 def test_packages_of_one_study_can_be_missing(tmp_path):
-    root = ROOT
     run = [sys.executable, "-c", RUN_WITHOUT, str(tmp_path / "run")]
-    result = subprocess.run(run, cwd=root, capture_output=True, text=True, check=False)
+    result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
     assert lines[0].startswith("Deep Kernel Shaping needs dks")
