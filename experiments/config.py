@@ -12,7 +12,7 @@ from tyro.conf import arg
 
 from anact_jax import ACTIVATIONS, Form, Published, Standardized
 from experiments.cli import at_home
-from experiments.data import DATASETS, Augmentation, Dataset, load, with_subset
+from experiments.data import DATASETS, Augmentation, Dataset, check_dataset, load, with_subset, with_whole_path
 from experiments.forms import WORDS, form_named, label_of
 from experiments.networks import INITS, MODELS, NORMS, STEMS, ActivationName, check_name
 
@@ -24,6 +24,7 @@ LAST_WITH_CLOSED_FORM = "e6f5b91"
 """The commit at which factors can follow from the parameters of batch normalization."""
 _BEFORE_ADDED: Mapping[str, Any] = MappingProxyType(
     {"dtype": "float32", "nesterov": False, "label_smoothing": 0.0, "mixup": 0.0, "clip_norm": None, "ema": 0.0}
+    | {"image_size": None}
 )
 
 
@@ -50,7 +51,7 @@ class Storage(Settings):
     """Where data sets are, and how they are read."""
 
     data_dir: Path | None = None
-    """folder of tensorflow-datasets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets"""
+    """folder of data sets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets"""
     memory_gib: float = 4.0
     """size up to which decoded images are kept in memory; larger data sets are decoded as they are needed"""
     workers: int = 4
@@ -67,7 +68,9 @@ class Storage(Settings):
 class Data(Settings):
     """What is trained on."""
 
-    dataset: Annotated[str, arg(help=_one_of(*DATASETS))] = "digits"
+    dataset: Annotated[str, arg(help=f"{_one_of(*DATASETS)}, or folder:PATH, of your own images")] = "digits"
+    image_size: int | None = None
+    """height and width of the images of folder:PATH, by default the medians of theirs, at most 224"""
     train_images: int | None = None
     """number of training images, by default all"""
     validation_images: int = 0
@@ -77,26 +80,39 @@ class Data(Settings):
     pool: int = 1
     """width of the blocks of pixels averaged into one: 2 halves the resolution"""
     augment: bool = True
-    """shift and mirror training images as is usual for the data set (digits: neither)"""
+    """shift and mirror training images as is usual for the data set (digits: neither; folders: shift by an eighth)"""
     cutout: int = 0
     """side of a square in each training image that is blanked; 0 for none"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset", with_whole_path(self.dataset))
 
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
         super().check()
-        check_name("dataset", self.dataset, DATASETS)
+        check_dataset(self.dataset)
+        if self.image_size is not None:
+            check_at_least(1, "image_size", self.image_size)
+            if self.dataset in DATASETS:
+                raise ValueError(f"image_size belongs to folder:PATH, not to {self.dataset}; leave it out")
         check_at_least(1, "pool", self.pool)
         for name in ("cutout", "validation_images"):
             check_at_least(0, name, getattr(self, name))
 
-    def load(self, storage: Storage) -> Dataset:
-        """The data set, or the part of it that these settings ask for.
+    def load(self, storage: Storage, batch_size: int = 1) -> Dataset:
+        """The data set, or the part of it that these settings ask for, to be trained on in batches of this size.
 
         Raises:
             DataError: it cannot be read.
             ValueError: it is too small for these settings.
         """
-        dataset = load(self.dataset, storage.data_dir, round(storage.memory_gib * 2**30))
+        dataset = load(
+            self.dataset,
+            storage.data_dir,
+            round(storage.memory_gib * 2**30),
+            image_size=self.image_size,
+            batch_size=batch_size,
+        )
         if self.train_images is not None or self.validation_images or self.half is not None or self.pool > 1:
             dataset = with_subset(
                 dataset,
@@ -356,7 +372,7 @@ class Experiment(Run, Recipe):
 
     def load_data(self) -> Dataset:
         """See `Data.load`; ValueError too where the training data do not fill a batch."""
-        dataset = self.load(self)
+        dataset = self.load(self, self.batch_size)
         self.check_batch(dataset)
         return dataset
 

@@ -54,7 +54,7 @@ class Config:
     source: Annotated[Path | None, arg(name="from")] = None
     """folder that holds the original archives; by default they are downloaded"""
     data_dir: Path | None = None
-    """folder of tensorflow-datasets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets"""
+    """folder of data sets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets"""
 
 
 def main() -> int:

@@ -21,6 +21,7 @@ import jax
 from anact_jax.plots import draw
 from experiments.config import SETTINGS, Data, Experiment, Network, Recipe, read_experiment, read_settings
 from experiments.data import DataError, Dataset, first_examples, training_batches
+from experiments.data.kept import keep
 from experiments.data.sets import one_line
 from experiments.folders import check_writable_name
 from experiments.networks import ActivationName, check_name
@@ -100,10 +101,13 @@ def run(
             config = dataclasses.replace(config, workdir=workdir)
             connect(config)
             dataset = config.load_data()
+            if dataset.description and beside is None:
+                say(dataset.description)
             check_devices(config.batch_size)
             model = make_network(config, dataset)
             if config.process == 0:
                 held.enter_context(only_process_in(workdir))
+                keep(workdir, config.dataset, dataset)
                 prepare_workdir(find_workdir(config), config)  # the process before may have left another run there
         except (DataError, ValueError, OSError) as error:
             return fail(str(error), BAD_SETTINGS)

@@ -17,8 +17,8 @@ from experiments.data import (
     training_batches,
     with_subset,
 )
+from experiments.data.examples import Arrays, DataError, Stored, check_example
 from experiments.data.pipeline import cut_out, shifted, standardize
-from experiments.data.sets import Arrays, DataError, Stored, check_example
 
 ALL_CHANGES = Augmentation(pad=2, flip=True, cutout=3)
 

@@ -17,8 +17,8 @@ import pytest
 from experiments import train_resnet
 from experiments.config import Experiment
 from experiments.data import Batch, Dataset
+from experiments.data.examples import Arrays
 from experiments.data.pipeline import standardize
-from experiments.data.sets import Arrays
 from experiments.networks import make_layers
 from experiments.networks.mlp import MLP
 from experiments.recipes import RECIPES

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail, run_program, settings_of
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail, run_program, say, settings_of
 
 # isort: split
 
@@ -21,6 +21,7 @@ from tyro.conf import arg
 from anact_jax import ACTIVATIONS
 from experiments.config import Data, Parts, Recipe, Storage, Training, check_at_least, check_positive, form_settings
 from experiments.data import DataError
+from experiments.data.kept import keep
 from experiments.forms import form_named
 from experiments.networks import MODELS, NORMS, ActivationName, check_name
 from experiments.networks.build import check_devices
@@ -107,11 +108,14 @@ def main() -> int:
         config.check()
         sides = list(config.sides())
         check_devices(config.batch_size)
-        dataset = config.load(config)
+        dataset = config.load(config, config.batch_size)
         config.check_batch(dataset)
         for side in sides:
             network_of(side.recipe, side.variation, dataset)
         results = Results(config.workdir / "results.jsonl")
+        keep(config.workdir, config.dataset, dataset)
+        if dataset.description:
+            say(dataset.description)
     except (DataError, ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
     try:

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from experiments.data import DATASETS
+from experiments.data.kept import read_kept
 from experiments.forms import WORDS, label_of
 from experiments.studies.grid import Results
 from experiments.studies.tables import Place, Runs, Side, Table, arrange, cell, markdown_table
@@ -128,7 +129,8 @@ def write_reports(results: Results, workdir: Path, command: str) -> list[Path]:
     markdown = ["# Comparison", *intro]
     page = ["<h1>Comparison</h1>", *map(_paragraph, (*won, *intro[1:]))]
     for place, table in tables.items():
-        title, recipe, guessing = f"{place.dataset}, {place.model}", _recipe(place, table), 1 / DATASETS[place.dataset]
+        title, recipe = f"{place.dataset}, {place.model}", _recipe(place, table)
+        guessing = 1 / (DATASETS.get(place.dataset) or read_kept(workdir, place.dataset).classes)
         markdown += [f"## {title}", recipe, markdown_table(table)]
         page += [f"<h2>{html.escape(title)}</h2>", _paragraph(recipe), _html_table(table)]
         for kind, draw in (("curves", draw_curves), ("rates", draw_rates)):
@@ -146,7 +148,8 @@ def write_reports(results: Results, workdir: Path, command: str) -> list[Path]:
 def _recipe(place: Place, table: Table) -> str:
     images = "all" if place.train_images is None else f"{place.train_images:,}"
     part = f" of half {place.half}" if place.half else ""
-    size = f", pixels averaged in blocks of {place.pool}x{place.pool}" if place.pool > 1 else ""
+    size = f" of {place.image_size}x{place.image_size} pixels" if place.image_size else ""
+    size += f", pixels averaged in blocks of {place.pool}x{place.pool}" if place.pool > 1 else ""
     seeds = sorted({len(runs.verdict) for column in table.values() for runs in column.values()})
     rates = sorted({rate for column in table.values() for runs in column.values() for rate in runs.by_rate})
     return (

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 from anact_jax.diagnostics import LayerVariances, variances
 from experiments.cli import say
 from experiments.config import Experiment, read_experiment
-from experiments.data import Dataset
+from experiments.data import DATASETS, Dataset
+from experiments.data.kept import check_kept, read_kept
 from experiments.networks.build import make_network
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.steps import TrainState, make_steps
@@ -42,10 +43,11 @@ class Run(NamedTuple):
     trained: TrainState
 
 
-def load_run(workdir: Path, *, data_dir: Path | None = None, best: bool = False) -> Run:
+def load_run(workdir: Path, *, data_dir: Path | None = None, best: bool = False, examples: bool = True) -> Run:
     """The run in a folder, at its last checkpoint, or at the one with the best test accuracy.
 
-    Its data set is read from `data_dir`, by default from where it was at training.
+    Its data set is read from `data_dir`, by default from where it was at training. Where it is a folder of one's own
+    images, those must be the same as at training; without `examples` they are not read, and may be gone.
 
     Raises:
         OSError: there is none.
@@ -56,7 +58,11 @@ def load_run(workdir: Path, *, data_dir: Path | None = None, best: bool = False)
     config = read_experiment(workdir)
     if data_dir is not None:
         config = dataclasses.replace(config, data_dir=data_dir)
-    dataset = config.load_data()
+    if examples or config.dataset in DATASETS:
+        dataset = config.load_data()
+        check_kept(workdir, config.dataset, dataset)
+    else:
+        dataset = read_kept(workdir, config.dataset)
     model = make_network(config, dataset)
     initial = make_steps(model, config, dataset).create(config.seed, config.learning_rate)
     with Checkpoints(workdir, config, read_only=True) as checkpoints:
