@@ -43,7 +43,7 @@ def find_idx(name: str, root: Path) -> Path | None:
     places = [*(root / folder for folder in FOLDERS[name]), root]
     if name in SYSTEM_FOLDERS:
         places.append(SYSTEM_FOLDERS[name])
-    return next((place for place in places if any(_path_of(place, file) for file in FILES)), None)
+    return next((place for place in places if any(idx_path(place, file) for file in FILES)), None)
 
 
 def read_idx(name: str, folder: Path) -> tuple[Arrays, Arrays]:
@@ -52,7 +52,7 @@ def read_idx(name: str, folder: Path) -> tuple[Arrays, Arrays]:
     Raises:
         DataError: files are missing, or one is not the data set's.
     """
-    found = [_path_of(folder, file) for file in FILES]
+    found = [idx_path(folder, file) for file in FILES]
     missing = [file for file, path in zip(FILES, found, strict=True) if path is None]
     if missing:
         raise DataError(f"missing in {folder}: {', '.join(missing)}, each as it is or with .gz")
@@ -76,7 +76,8 @@ def prepared_order(count: int, split: str) -> Int[np.ndarray, " count"]:
     return np.array(sorted(range(count), key=keys.__getitem__))
 
 
-def _path_of(folder: Path, file: str) -> Path | None:
+def idx_path(folder: Path, file: str) -> Path | None:
+    """One of `FILES` in a folder, unpacked or packed; None where it is not there."""
     return next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
 
 

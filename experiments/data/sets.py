@@ -114,7 +114,7 @@ def load(
         )
     kind = _STORED[name]
     root = data_root(data_dir)
-    if name in NAMES and not any((root / name).glob("*/dataset_info.json")):
+    if name in NAMES and not is_prepared(name, root):
         folder = find_idx(name, root)
         if folder is not None:
             parts = read_idx(name, folder)
@@ -126,6 +126,11 @@ def data_root(data_dir: Path | None) -> Path:
     """The folder of data sets."""
     usual = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return data_dir or Path(usual).expanduser()
+
+
+def is_prepared(name: str, root: Path) -> bool:
+    """Whether the folder holds the data set as tensorflow-datasets describes one, which is not imported to find out."""
+    return any((root / name).glob("*/dataset_info.json"))
 
 
 def _load_prepared(name: str, kind: _Kind, data_dir: Path | None, memory_limit: int) -> Dataset:
