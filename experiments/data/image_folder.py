@@ -234,7 +234,8 @@ def _in_threads(function: Callable[[Item], Value], items: Iterable[Item]) -> Ite
 def _refuse(folder: Path, problems: list[str]) -> None:
     if problems:
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-        raise DataError(f"{folder} cannot be trained on: {'; '.join(problems[:_NAMED])}{more}")
+        text = f"{folder} cannot be trained on: {'; '.join(problems[:_NAMED])}{more}"
+        raise DataError("\\n".join(text.splitlines()))  # a name may hold more than one
 
 
 def _fingerprint(folder: Path, files: list[Path]) -> str:

@@ -72,7 +72,7 @@ FOLDER = "folder:"
 def check_dataset(name: str) -> None:
     """Raises ValueError unless this names a data set, which may be a folder."""
     if name not in DATASETS and not name.startswith(FOLDER):
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)} or {FOLDER}PATH, got {name}")
+        raise ValueError(f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}, {FOLDER}PATH")
     if name == FOLDER:
         raise ValueError(f"dataset {FOLDER} names no folder; expected {FOLDER}PATH")
 
