@@ -101,8 +101,6 @@ def run(
             config = dataclasses.replace(config, workdir=workdir)
             connect(config)
             dataset = config.load_data()
-            if dataset.description and beside is None:
-                say(dataset.description)
             check_devices(config.batch_size)
             model = make_network(config, dataset)
             if config.process == 0:
@@ -111,6 +109,8 @@ def run(
                 prepare_workdir(find_workdir(config), config)  # the process before may have left another run there
         except (DataError, ValueError, OSError) as error:
             return fail(str(error), BAD_SETTINGS)
+        if dataset.description and beside is None:
+            say(dataset.description)
         return _train(config, dataset, model, stop, part_of=part_of, beside=beside)
 
 
