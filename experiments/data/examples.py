@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 _DECODED_AT_ONCE = 1024
-_SAMPLE = 10_000  # training images, evenly spaced, that give mean and deviation of the channels
+_SAMPLE = 10_000  # training images at most, evenly spaced, that give mean and deviation of the channels
+_SAMPLED_PIXELS = _SAMPLE * 64 * 64  # their pixels at most: numbers of 8 bytes a channel are made of them
 
 
 class DataError(Exception):
@@ -121,14 +122,16 @@ class Dataset:
 
 def dataset_of(train: Examples, test: Examples, **others: Any) -> Dataset:
     """The data set of these examples, with the mean and deviation of the training images; `others` as in `Dataset`."""
-    pixels = train.fetch(spread(len(train)))[0].reshape(-1, train.shape[-1])
+    height, width, _ = train.shape
+    most = max(1, min(_SAMPLE, _SAMPLED_PIXELS // (height * width)))
+    pixels = train.fetch(spread(len(train), most))[0].reshape(-1, train.shape[-1])
     mean, std = pixels.mean(0, dtype=np.float64), pixels.std(0, dtype=np.float64)
     return Dataset(train, test, mean=mean, std=std, **others)
 
 
-def spread(count: int) -> Int[np.ndarray, " sample"]:
-    """Rows evenly spaced over this many examples; all of them where they are few."""
-    return np.unique(np.linspace(0, count - 1, _SAMPLE).astype(int))
+def spread(count: int, most: int = _SAMPLE) -> Int[np.ndarray, " sample"]:
+    """At most so many rows, evenly spaced over this many examples; all of them where they are few."""
+    return np.unique(np.linspace(0, count - 1, most).astype(int))
 
 
 def in_memory(examples: Examples) -> Arrays:
