@@ -216,7 +216,7 @@ def test_gray_images_count_as_gray_for_memory(folder):
     assert isinstance(read(folder, memory_limit=20 * 64 - 1).train, Pictures)
 
 
-def test_images_are_shifted_by_an_eighth_and_not_mirrored(tmp_path):
+def test_images_are_shifted_by_an_eighth_not_mirrored(tmp_path):
     for name in ("a", "b"):
         for number in range(2):
             save(tmp_path / name / f"{number}.png", gray(7, 24, 40))
@@ -258,7 +258,7 @@ def test_all_problems_are_named_at_once(folder):
         assert problem in text
 
 
-def test_damaged_files_and_small_batches_are_named_together(folder):
+def test_damaged_files_and_small_batches_are_named(folder):
     whole = (folder / "cat" / "3.png").read_bytes()
     (folder / "cat" / "3.png").write_bytes(whole[: len(whole) // 2])
     (folder / "cat" / "4.jpg").write_text("no image")

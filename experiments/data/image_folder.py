@@ -85,7 +85,8 @@ def read_folder(folder: Path, *, image_size: int | None, batch_size: int, memory
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error})") from error
     names = sorted({name for _, name in train})
-    labels = np.array([names.index(name) for _, name in (*train, *test)], np.int32)
+    label_of = {name: label for label, name in enumerate(names)}
+    labels = np.array([label_of[name] for _, name in (*train, *test)], np.int32)
     shape = (*size, 3 if has_color else 1)
     parts: list[Examples] = []
     for part in (slice(None, len(train)), slice(len(train), None)):
@@ -95,6 +96,7 @@ def read_folder(folder: Path, *, image_size: int | None, batch_size: int, memory
             parts.append(Pictures(files[part], labels[part], shape))
     if len(files) * math.prod(shape) <= memory_limit:
         parts = [part if isinstance(part, Arrays) else in_memory(part) for part in parts]
+    tested = f"{len(test)} held out for testing" if held_out else f"{len(test)} for testing"
     return dataset_of(
         *parts,
         classes=len(names),
@@ -103,9 +105,9 @@ def read_folder(folder: Path, *, image_size: int | None, batch_size: int, memory
         names=tuple(names),
         fingerprint=fingerprint,
         description=(
-            f"{len(train)} images for training and {len(test)} {'held out' if held_out else ''} for testing, "
-            f"{len(names)} classes, {'color' if has_color else 'gray'}, scaled to {size[0]}x{size[1]} (--image-size)"
-        ).replace("  ", " "),
+            f"{len(train)} images for training and {tested}, {len(names)} classes, "
+            f"{'color' if has_color else 'gray'}, scaled to {size[0]}x{size[1]} (--image-size)"
+        ),
     )
 
 
