@@ -12,7 +12,7 @@ from tyro.conf import arg
 
 from anact_jax import ACTIVATIONS, Form, Published, Standardized
 from experiments.cli import at_home
-from experiments.data import DATASETS, Augmentation, Dataset, load, with_subset
+from experiments.data import DATASETS, Augmentation, Dataset, check_dataset, load, with_subset, with_whole_path
 from experiments.forms import WORDS, form_named, label_of
 from experiments.networks import ActivationName, Init, ModelName, NormName, Stem, check_name
 
@@ -26,7 +26,15 @@ LAST_WITH_ALL_SETTINGS = "a55a799"
 _GONE: Mapping[str, Any] = MappingProxyType({"norm_momentum": 0.9, "group_size": 8, "memory_gib": 4.0, "keep": 3})
 """Settings of saved runs and cells that are no settings any more, with what they are."""
 _ADDED: Mapping[str, Any] = MappingProxyType(
-    {"dtype": "float32", "nesterov": False, "label_smoothing": 0.0, "mixup": 0.0, "clip_norm": None, "ema": 0.0}
+    {
+        "dtype": "float32",
+        "nesterov": False,
+        "label_smoothing": 0.0,
+        "mixup": 0.0,
+        "clip_norm": None,
+        "ema": 0.0,
+        "image_size": None,
+    }
 )
 """Settings that the first saved cells do not name, with what they were."""
 
@@ -36,7 +44,7 @@ class Storage:
     """Where data sets are, and how they are read."""
 
     data_dir: Path | None = None
-    """folder of tensorflow-datasets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets"""
+    """folder of data sets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets"""
     workers: int = 4
     """processes that decode images of a data set that does not fit in memory"""
 
@@ -49,7 +57,9 @@ class Storage:
 class Data:
     """What is trained on."""
 
-    dataset: Annotated[str, arg(help="one of " + ", ".join(DATASETS))] = "digits"
+    dataset: Annotated[str, arg(help=f"one of {', '.join(DATASETS)}, or folder:PATH, of your own images")] = "digits"
+    image_size: int | None = None
+    """height and width of the images of folder:PATH, by default the medians of theirs, at most 224"""
     train_images: int | None = None
     """number of training images, by default all"""
     validation_images: int = 0
@@ -59,25 +69,32 @@ class Data:
     pool: int = 1
     """width of the blocks of pixels averaged into one: 2 halves the resolution"""
     augment: bool = True
-    """shift and mirror training images as is usual for the data set (digits: neither)"""
+    """shift and mirror training images as is usual for the data set (digits: neither; folders: shift by an eighth)"""
     cutout: int = 0
     """side of a square in each training image that is blanked; 0 for none"""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset", with_whole_path(self.dataset))
+
     def check(self) -> None:
         """Raises ValueError, in one line, at the first setting that cannot be."""
-        check_name("dataset", self.dataset, DATASETS)
+        check_dataset(self.dataset)
+        if self.image_size is not None:
+            check_at_least(1, "image_size", self.image_size)
+            if self.dataset in DATASETS:
+                raise ValueError(f"image_size belongs to folder:PATH, not to {self.dataset}; leave it out")
         check_at_least(1, "pool", self.pool)
         for name in ("cutout", "validation_images"):
             check_at_least(0, name, getattr(self, name))
 
-    def load(self, storage: Storage) -> Dataset:
-        """The data set, or the part of it that these settings ask for.
+    def load(self, storage: Storage, batch_size: int = 1) -> Dataset:
+        """The data set, or the part of it that these settings ask for, to be trained on in batches of this size.
 
         Raises:
             DataError: it cannot be read.
             ValueError: it is too small for these settings.
         """
-        dataset = load(self.dataset, storage.data_dir)
+        dataset = load(self.dataset, storage.data_dir, image_size=self.image_size, batch_size=batch_size)
         if self.train_images is not None or self.validation_images or self.half is not None or self.pool > 1:
             dataset = with_subset(
                 dataset,
@@ -330,7 +347,7 @@ class Experiment:
 
     def load_data(self) -> Dataset:
         """See `Data.load`; ValueError too where the training data do not fill a batch."""
-        dataset = self.recipe.data.load(self.storage)
+        dataset = self.recipe.data.load(self.storage, self.recipe.training.batch_size)
         self.recipe.training.check_batch(dataset)
         return dataset
 

@@ -42,7 +42,7 @@ class Config:
     images: int = 256
     """test images in the batch on which it is measured; at most all that there are"""
     data_dir: Path | None = None
-    """folder of tensorflow-datasets, by default the one that each run was trained from"""
+    """folder of data sets, by default the one that each run was trained from"""
     output: Path | None = None
     """the picture, by default variances.png in the folder of the first run"""
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -27,11 +27,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from jaxtyping import Bool, Float, Int, UInt8
 from tyro.conf import Positional, arg
 
 from experiments.data import DataError, Dataset
+from experiments.data.kept import Absent
+from experiments.data.pictures import read_picture
 from experiments.data.pipeline import standardize
 from experiments.networks import check_name
 from experiments.training.checkpoints import CheckpointError, silence_orbax
@@ -46,8 +47,8 @@ Classify: TypeAlias = Callable[[np.ndarray], np.ndarray]
 class PredictConfig:
     """Classifies image files, or a split of the data set, with the network of a run.
 
-    For each file it prints the class and its probability. Of a split it prints the accuracy, and draws how often
-    examples of each class were taken for each other one.
+    For each file it prints the class, by its name where it has one, and its probability. Of a split it prints the
+    accuracy, and draws how often examples of each class were taken for each other one.
     """
 
     workdir: Positional[Path]
@@ -62,7 +63,7 @@ class PredictConfig:
     best: bool = False
     """take the checkpoint with the best test accuracy instead of the last"""
     data_dir: Path | None = None
-    """folder of tensorflow-datasets, by default the one that the run was trained from"""
+    """folder of data sets, by default the one that the run was trained from"""
     output: Path | None = None
     """the picture of a split, by default confusion.png in the run's folder"""
 
@@ -85,7 +86,7 @@ def main() -> int:
     config = settings_of(PredictConfig)
     try:
         config.check()
-        run = load_run(config.workdir, data_dir=config.data_dir, best=config.best)
+        run = load_run(config.workdir, data_dir=config.data_dir, best=config.best, examples=not config.images)
         files = [read_image(path, run.dataset, invert=config.invert) for path in config.images]
     except (DataError, ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
@@ -99,14 +100,15 @@ def show_files(
     images: UInt8[np.ndarray, "n height width channels"], classify: Classify, run: TrainedRun, config: PredictConfig
 ) -> int:
     """Prints the class of each image file; returns the exit status."""
-    looks = look_inverted(images, run.dataset)
-    names = [str(path) for path in itertools.compress(config.images, looks)]
+    names = []
+    if not isinstance(run.dataset.train, Absent):
+        names = [str(path) for path in itertools.compress(config.images, look_inverted(images, run.dataset))]
     if names:
         which = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}"
         remedy = "leave out --invert?" if config.invert else "--invert swaps them"
         say(f"beside the training images, light and dark look swapped in {which}; {remedy}")
     for path, row in zip(config.images, classify(images), strict=True):
-        print(f"{printable(path)}: class {row.argmax()}, probability {row.max():.4f}")
+        print(f"{printable(path)}: class {class_names(run.dataset)[row.argmax()]}, probability {row.max():.4f}")
     return 0
 
 
@@ -119,7 +121,7 @@ def show_split(classify: Classify, run: TrainedRun, config: PredictConfig) -> in
     print(f"accuracy={np.trace(counts) / counts.sum():.4f} examples={counts.sum()} split={config.split}")
     if picture is not None:
         try:
-            draw_confusion(counts, picture)
+            draw_confusion(counts, class_names(run.dataset), picture)
         except OSError as error:
             return fail(f"no picture: {error}", FAILED)
         say(f"the picture is {picture}")
@@ -143,48 +145,12 @@ def make_classifier(model: nn.Module, variables: dict[str, Any], dataset: Datase
 
 
 def read_image(path: Path, dataset: Dataset, *, invert: bool = False) -> UInt8[np.ndarray, "height width channels"]:
-    """An image file in the shape and range of the data set's images, upright as its EXIF tag says.
+    """An image file as `read_picture` reads it, in the shape and range of the data set's images.
 
-    What is transparent is taken as white. With `invert` light becomes dark, and dark light.
-
-    Raises:
-        ValueError: it is not an image, damaged, too large to be one, or of pixels in no usual range.
-        OSError: there is no such file.
+    With `invert` light becomes dark, and dark light.
     """
-    height, width, channels = dataset.train.shape
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(("I", "F")):  # 16 and 32 bits
-                image = Image.fromarray(in_8_bits(np.asarray(image)))
-            elif image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L").resize((width, height)))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image file; expected PNG, JPEG or the like") from error
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}); expected PNG, JPEG or the like") from error
-    pixels = pixels.reshape(height, width, channels)
+    pixels = read_picture(path, dataset.train.shape)
     return np.rint((255 - pixels if invert else pixels) / 255 * dataset.largest).astype(np.uint8)
-
-
-def in_8_bits(pixels: Shaped[np.ndarray, "height width"]) -> UInt8[np.ndarray, "height width"]:
-    """Grey pixels of 16 or 32 bits, or floats, from 0 to 255.
-
-    No file says what white is: it is the least of 1, 255 and 65535 that no pixel exceeds, but for a tenth, which
-    interpolation may have added.
-
-    Raises:
-        ValueError: pixels are not finite, negative or larger.
-    """
-    least, largest = float(pixels.min()), float(pixels.max())
-    white = next((white for white in (1, 255, 65535) if largest <= 1.1 * white), None)
-    if white is None or not least >= -0.1 * white:
-        raise ValueError(f"its pixels go from {least:g} to {largest:g}; expected from 0 to 1, 255 or 65535")
-    scaled: UInt8[np.ndarray, "height width"] = np.rint(pixels.clip(0, white) / white * 255).astype(np.uint8)
-    return scaled
 
 
 def look_inverted(images: UInt8[np.ndarray, "n height width channels"], dataset: Dataset) -> Bool[np.ndarray, " n"]:
@@ -212,14 +178,22 @@ def _border(images: UInt8[np.ndarray, "n height width channels"]) -> Float[np.nd
     return medians
 
 
-def draw_confusion(counts: Int[np.ndarray, "classes classes"], path: Path) -> None:
+def class_names(dataset: Dataset) -> list[str]:
+    """Names of the classes that can be printed; their numbers where they have none."""
+    return [printable(Path(name)) for name in dataset.names or map(str, range(dataset.classes))]
+
+
+def draw_confusion(counts: Int[np.ndarray, "classes classes"], names: Sequence[str], path: Path) -> None:
     """Draws the number of examples of each class (rows) that were taken for each class (columns)."""
     figure, axes = plt.subplots(figsize=(6, 5.4), layout="constrained")
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="taken for class", ylabel="class", title=f"accuracy {np.trace(counts) / counts.sum():.4f}")
     if len(counts) <= 20:
-        axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
+        plain = [name.replace("$", r"\$") for name in names]  # no formulas
+        upright = max(map(len, plain)) > 2
+        axes.set_xticks(range(len(counts)), plain, rotation=90 if upright else 0)
+        axes.set_yticks(range(len(counts)), plain)
         for (row, column), count in np.ndenumerate(counts):
             if count:
                 shade = "white" if shares[row, column] > 0.5 else "black"

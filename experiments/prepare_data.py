@@ -1,4 +1,6 @@
-"""Makes a data set of tensorflow-datasets, out of downloads or of archives that are already there.
+"""Prepares a data set, out of downloads or of archives that are already there.
+
+MNIST and Fashion-MNIST are kept as their original files; the others are made by tensorflow-datasets with TensorFlow.
 
 See `python experiments/prepare_data.py --help`.
 """
@@ -6,13 +8,13 @@ See `python experiments/prepare_data.py --help`.
 import contextlib
 import dataclasses
 import fcntl
-import gzip
 import hashlib
+import http.client
 import io
 import os
 import shutil
 import sys
-import zlib
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,22 +26,12 @@ from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail, run_program
 from tyro.conf import Positional, arg
 
 from experiments.data import DATASETS, DataError
-from experiments.data.sets import WITHOUT_FILES, make_builder, one_line
+from experiments.data.idx_files import FILES, find_idx, idx_path, read_idx
+from experiments.data.sets import WITHOUT_FILES, data_root, is_prepared, make_builder, one_line
 
-# Fashion-MNIST as Debian's package dataset-fashion-mnist has it: compressed anew, the contents unchanged.
-_SAME_CONTENTS = {  # sha256 of the original archive -> sha256 of what it holds
-    "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84": (
-        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"  # train-images-idx3-ubyte
-    ),
-    "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845": (
-        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"  # train-labels-idx1-ubyte
-    ),
-    "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073": (
-        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"  # t10k-images-idx3-ubyte
-    ),
-    "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5": (
-        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"  # t10k-labels-idx1-ubyte
-    ),
+_ADDRESSES = {  # of the folders that hold the original files
+    "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist",
+    "fashion_mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
 }
 
 
@@ -54,7 +46,7 @@ class Config:
     source: Annotated[Path | None, arg(name="from")] = None
     """folder that holds the original archives; by default they are downloaded"""
     data_dir: Path | None = None
-    """folder of tensorflow-datasets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets"""
+    """folder of data sets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets"""
 
 
 def main() -> int:
@@ -83,6 +75,50 @@ def prepare(name: str, source: Path | None, data_dir: Path | None) -> None:
     Raises:
         DataError: an archive is missing or is not the original, a package is missing, or something failed.
     """
+    if name in _ADDRESSES and not is_prepared(name, data_root(data_dir)):
+        keep_originals(name, source, data_root(data_dir))
+    else:
+        make_with_tensorflow(name, source, data_dir)
+
+
+def keep_originals(name: str, source: Path | None, root: Path) -> None:
+    """Copies or downloads the original files to where they are read, unless they are in such a place.
+
+    Raises:
+        DataError: a file is missing or is not the original, or something failed.
+    """
+    found, folder = find_idx(name, root), root / name
+    if found is not None:
+        read_idx(name, found)
+        print(f"{name} needs no preparation, its files are in {found}")
+        return
+    if folder.exists():
+        raise DataError(f"{folder} is there but holds no whole data set; remove it first")
+    if source is not None:
+        read_idx(name, source)
+    try:
+        with _workspace(root / f"{name}.preparing") as work:
+            work.mkdir()
+            if source is not None:
+                for path in filter(None, (idx_path(source, file) for file in FILES)):
+                    shutil.copy(path, work)
+            else:
+                for file in FILES:
+                    _download(f"{_ADDRESSES[name]}/{file}.gz", work / f"{file}.gz")
+            train, test = read_idx(name, work)
+            work.rename(folder)
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(f"{name} could not be prepared ({one_line(error)})") from error
+    print(f"{name} is prepared in {folder}: {len(train)} train, {len(test)} test")
+
+
+def _download(address: str, path: Path) -> None:
+    with urllib.request.urlopen(address, timeout=60) as answer, path.open("wb") as file:
+        shutil.copyfileobj(answer, file)
+
+
+def make_with_tensorflow(name: str, source: Path | None, data_dir: Path | None) -> None:
+    """Makes the data set through tensorflow-datasets, unless it is there; arguments and errors as for `prepare`."""
     builder = make_builder(name, data_dir)
     if builder.is_prepared():
         print(f"{name} is already prepared in {builder.data_path}")
@@ -123,19 +159,11 @@ def _find_archives(builder: Any, source: Path) -> dict[str, Path]:
             continue
         with archives[url].open("rb") as archive:
             checksum = hashlib.file_digest(archive, "sha256").hexdigest()
-        if checksum != info.checksum and not _has_same_contents(archives[url], info.checksum):
+        if checksum != info.checksum:
             raise DataError(
                 f"{archives[url]} is damaged or not the original: expected sha256 {info.checksum}, got {checksum}"
             )
     return archives
-
-
-def _has_same_contents(archive: Path, original: str) -> bool:
-    try:
-        with gzip.open(archive) as contents:
-            return hashlib.file_digest(contents, "sha256").hexdigest() == _SAME_CONTENTS.get(original)
-    except (OSError, EOFError, zlib.error):  # not a gzip file, or a part of one
-        return False
 
 
 def _put_in_place(builder: Any, archives: dict[str, Path], downloads: Path) -> None:

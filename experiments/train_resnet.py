@@ -19,6 +19,7 @@ import jax
 from anact_jax.plots import draw
 from experiments.config import SETTINGS, Experiment, Network, changed, flat, read_experiment, read_settings
 from experiments.data import DataError, Dataset, first_examples, training_batches
+from experiments.data.kept import keep
 from experiments.data.sets import one_line
 from experiments.folders import check_writable_name
 from experiments.networks import ActivationName, check_name
@@ -96,9 +97,12 @@ def run(
             model = make_network(config.recipe.network, dataset)
             if config.run.process == 0:
                 held.enter_context(only_process_in(workdir))
+                keep(workdir, config.recipe.data.dataset, dataset)
                 prepare_workdir(find_workdir(config), config)  # the process before may have left another run there
         except (DataError, ValueError, OSError) as error:
             return fail(str(error), BAD_SETTINGS)
+        if dataset.description and beside is None:
+            say(dataset.description)
         return _train(config, dataset, model, stop, part_of=part_of, beside=beside)
 
 

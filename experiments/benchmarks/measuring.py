@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from experiments.data import Dataset
-from experiments.data.sets import Arrays
+from experiments.data.examples import Arrays
 
 PLAIN, BATCH_NORM = "swish", "BatchNorm, swish"
 

@@ -1,7 +1,8 @@
 """Data sets by name, and the batches that they are fed in. One interface for all: see `sets` and `pipeline`."""
 
+from experiments.data.examples import DataError, Dataset, Examples
 from experiments.data.pipeline import Augmentation, Batch, Shard, evaluation_batches, first_examples, training_batches
-from experiments.data.sets import DATASETS, DataError, Dataset, Examples, load, with_subset
+from experiments.data.sets import DATASETS, check_dataset, load, with_subset, with_whole_path
 
 __all__ = [
     "DATASETS",
@@ -11,9 +12,11 @@ __all__ = [
     "Dataset",
     "Examples",
     "Shard",
+    "check_dataset",
     "evaluation_batches",
     "first_examples",
     "load",
     "training_batches",
     "with_subset",
+    "with_whole_path",
 ]

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
-from experiments.data.sets import Arrays, Dataset
+from experiments.data.examples import Arrays, Dataset
 
 
 class Batch(NamedTuple):

@@ -1,130 +1,40 @@
-"""Data sets: what they are called, where they come from, and how single examples are read.
+"""Data sets: what they are called, where they come from, and how they are read.
 
-All but the digits and MNIST-1D, which need no files, come from tensorflow-datasets and are read without TensorFlow,
-once `experiments/prepare_data.py` has prepared them. Those that fit in memory are decoded once and kept
-as arrays; larger ones are decoded as they are asked for.
+The digits and MNIST-1D need no files. MNIST and Fashion-MNIST are read from their original files. These and the others
+are read as tensorflow-datasets keeps them, without TensorFlow, once `experiments/prepare_data.py` has prepared them.
+`folder:PATH` is a folder of one's own images. What fits in memory is decoded once and kept as arrays; what is larger is
+decoded as it is asked for.
 """
 
 import dataclasses
 import logging
 import math
+import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import experiments.folders  # noqa: F401 so that tensorflow-datasets reads folders of any name
+from experiments.data.examples import (
+    Arrays,
+    DataError,
+    Dataset,
+    Examples,
+    Stored,
+    Subset,
+    dataset_of,
+    in_memory,
+    spread,
+)
+from experiments.data.idx_files import NAMES, find_idx, read_idx
+from experiments.data.image_folder import read_folder
 
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images, training and test, up to which a data set is kept as arrays
-_DECODED_AT_ONCE = 1024
-_SAMPLE = 10_000  # training images, evenly spaced, that give mean and deviation of the channels
-
-
-class DataError(Exception):
-    """A data set cannot be read; the message says why and what to do."""
-
-
-@runtime_checkable
-class Examples(Protocol):
-    """Examples in a fixed order, fetched by position, many at once."""
-
-    shape: tuple[int, int, int]
-
-    def __len__(self) -> int:
-        """How many there are."""
-        ...
-
-    def fetch(
-        self, rows: Int[np.ndarray, " batch"]
-    ) -> tuple[UInt8[np.ndarray, "batch height width channels"], Int[np.ndarray, " batch"]]:
-        """Images and labels at these positions, in arrays that are free to be changed."""
-        ...
-
-
-class Arrays:
-    """Examples in memory."""
-
-    def __init__(self, images: UInt8[np.ndarray, "n height width channels"], labels: Int[np.ndarray, " n"]) -> None:
-        self.images, self.labels = images, labels.astype(np.int32)
-        self.shape = images.shape[1:]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def fetch(
-        self, rows: Int[np.ndarray, " batch"]
-    ) -> tuple[UInt8[np.ndarray, "batch height width channels"], Int[np.ndarray, " batch"]]:
-        """Images and labels at these positions."""
-        return self.images[rows], self.labels[rows]
-
-
-class Stored:
-    """Examples in the files of tensorflow-datasets, decoded when they are fetched."""
-
-    def __init__(self, source: Sequence[dict[str, Any]], shape: tuple[int, int, int], classes: int) -> None:
-        self._source, self.shape, self._classes = source, shape, classes
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def fetch(
-        self, rows: Int[np.ndarray, " batch"]
-    ) -> tuple[UInt8[np.ndarray, "batch height width channels"], Int[np.ndarray, " batch"]]:
-        """Images and labels at these positions."""
-        examples = self._source.__getitems__(rows.tolist())  # type: ignore[attr-defined]
-        for row, example in zip(rows.tolist(), examples, strict=True):
-            check_example(row, example["image"], example["label"], self.shape, self._classes)
-        labels = np.array([example["label"] for example in examples], np.int32)
-        return np.stack([example["image"] for example in examples]), labels
-
-
-class Subset:
-    """Some of the examples, their images reduced by averaging over blocks of `pool` x `pool` pixels."""
-
-    def __init__(self, examples: Examples, rows: Int[np.ndarray, " n"], pool: int) -> None:
-        height, width, channels = examples.shape
-        self._examples, self._rows, self._pool = examples, rows, pool
-        self.shape = (height // pool, width // pool, channels)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def fetch(
-        self, rows: Int[np.ndarray, " batch"]
-    ) -> tuple[UInt8[np.ndarray, "batch height width channels"], Int[np.ndarray, " batch"]]:
-        """Images and labels at these positions."""
-        images, labels = self._examples.fetch(self._rows[rows])
-        height, width, channels = self.shape
-        blocks = images.reshape(len(rows), height, self._pool, width, self._pool, channels)
-        return np.rint(blocks.mean((2, 4), dtype=np.float32)).astype(np.uint8), labels
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Training and test examples, and what a program has to know about them.
-
-    Attributes:
-        train, test: examples with pixels from 0 to `largest`.
-        classes: number of labels.
-        mean, std: of each channel over the training images.
-        pad: pixels by which training images may be shifted without leaving what is usual for this data set.
-        flip: whether training images may be mirrored.
-        largest: the value of a white pixel.
-    """
-
-    train: Examples
-    test: Examples
-    classes: int
-    mean: Float[np.ndarray, " channels"]
-    std: Float[np.ndarray, " channels"]
-    pad: int
-    flip: bool
-    largest: int = 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,34 +65,91 @@ DATASETS = {
 """Names, and numbers of classes."""
 
 
-def load(name: str, data_dir: Path | None = None, memory_limit: int = MEMORY_LIMIT) -> Dataset:
-    """The data set called `name`, from tensorflow-datasets' folder `data_dir` unless it needs no files.
+FOLDER = "folder:"
+"""Begins the name of a data set that is a folder of images; the folder's path follows."""
+
+
+def check_dataset(name: str) -> None:
+    """Raises ValueError unless this names a data set, which may be a folder."""
+    if name not in DATASETS and not name.startswith(FOLDER):
+        raise ValueError(f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}, {FOLDER}PATH")
+    if name == FOLDER:
+        raise ValueError(f"dataset {FOLDER} names no folder; expected {FOLDER}PATH")
+
+
+def with_whole_path(name: str) -> str:
+    """The same name, which from any folder means the same: the path of a folder is absolute and holds no `~`."""
+    path = name.removeprefix(FOLDER)
+    return FOLDER + os.path.abspath(os.path.expanduser(path)) if path and path != name else name  # noqa: PTH100, PTH111
+
+
+def load(
+    name: str,
+    data_dir: Path | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 1,
+) -> Dataset:
+    """The data set called `name`.
+
+    MNIST and Fashion-MNIST, where tensorflow-datasets has not prepared them in `data_dir`, are read from their original
+    files; examples and their order are the same.
 
     Args:
-        name: one of `DATASETS`.
-        data_dir: by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+        name: one of `DATASETS`, or `folder:PATH`.
+        data_dir: folder of data sets, by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
         memory_limit: bytes of decoded images up to which they are kept in memory.
+        image_size: height and width of the images of a folder, by default as `read_folder` has it.
+        batch_size: the training images of a folder must be at least as many.
 
     Raises:
-        DataError: it is not prepared, damaged, or the packages that read it are missing.
+        DataError: it is not there, damaged, or the packages that read it are missing.
     """
     if name in WITHOUT_FILES:
         return WITHOUT_FILES[name]()
+    if name.startswith(FOLDER):
+        return read_folder(
+            Path(name.removeprefix(FOLDER)), image_size=image_size, batch_size=batch_size, memory_limit=memory_limit
+        )
     kind = _STORED[name]
+    root = data_root(data_dir)
+    if name in NAMES and not is_prepared(name, root):
+        folder = find_idx(name, root)
+        if folder is not None:
+            parts = read_idx(name, folder)
+            return dataset_of(*parts, classes=10, pad=kind.pad, flip=kind.flip, names=NAMES[name])
+    return _load_prepared(name, kind, data_dir, memory_limit)
+
+
+def data_root(data_dir: Path | None) -> Path:
+    """The folder of data sets."""
+    usual = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return data_dir or Path(usual).expanduser()
+
+
+def is_prepared(name: str, root: Path) -> bool:
+    """Whether the folder holds the data set as tensorflow-datasets describes one, which is not imported to find out."""
+    return any((root / name).glob("*/dataset_info.json"))
+
+
+def _load_prepared(name: str, kind: _Kind, data_dir: Path | None, memory_limit: int) -> Dataset:
     builder = make_builder(name, data_dir)
     if not builder.is_prepared():
+        originals = f", nor are its original files in {data_root(data_dir)}" if name in NAMES else ""
         raise DataError(
-            f"{name} is not prepared in {builder.data_path}; if it is elsewhere, --data-dir says where; if not, first: "
-            f"{_prepare_command(name, data_dir)}"
+            f"{name} is not prepared in {builder.data_path}{originals}; if it is elsewhere, --data-dir says where; "
+            f"if not, first: {_prepare_command(name, data_dir)}"
         )
     try:
         train, test = (builder.as_data_source(split=split) for split in ("train", kind.test_split))
-        shape, classes = builder.info.features["image"].shape, builder.info.features["label"].num_classes
+        shape, label = builder.info.features["image"].shape, builder.info.features["label"]
+        classes = label.num_classes
         parts: list[Examples] = [Stored(train, shape, classes), Stored(test, shape, classes)]
         if (len(train) + len(test)) * math.prod(shape) <= memory_limit:
-            parts = [_in_memory(part) for part in parts]
-        parts[1].fetch(_spread(len(test)))  # so that a damaged file shows now, and not after an epoch of training
-        return _dataset(*parts, classes=classes, pad=kind.pad, flip=kind.flip)
+            parts = [in_memory(part) for part in parts]
+        parts[1].fetch(spread(len(test)))  # so that a damaged file shows now, and not after an epoch of training
+        return dataset_of(*parts, classes=classes, pad=kind.pad, flip=kind.flip, names=tuple(label.names))
     except DataError as error:
         raise DataError(f"{name} in {builder.data_path}: {error}") from error
     except Exception as error:  # whatever the readers of a damaged file raise
@@ -214,21 +181,6 @@ def make_builder(name: str, data_dir: Path | None) -> Any:
 def one_line(error: Exception) -> str:
     """Kind and first line of an error of somebody else's."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def check_example(row: int, image: Any, label: Any, shape: tuple[int, int, int], classes: int) -> None:
-    """Raises DataError, naming the example's position, unless image and label are what they have to be."""
-    image = np.asarray(image)
-    problem = ""
-    if image.dtype != np.uint8:
-        finite = np.isfinite(image).all() if np.issubdtype(image.dtype, np.floating) else True
-        problem = f"its pixels are {image.dtype}{'' if finite else ', some of them NaN or infinite'}; expected uint8"
-    elif image.shape != shape:
-        problem = f"its image has shape {image.shape}; expected {shape}"
-    elif not np.issubdtype(np.asarray(label).dtype, np.integer) or not 0 <= label < classes:
-        problem = f"its label is {label}; expected a whole number from 0 to {classes - 1}"
-    if problem:
-        raise DataError(f"example {row} cannot be used: {problem}")
 
 
 def with_subset(
@@ -274,8 +226,9 @@ def with_subset(
         test = Subset(dataset.train, order[:validation], pool)
     parts: list[Examples] = [Subset(dataset.train, order[validation : validation + kept], pool), test]
     if isinstance(dataset.train, Arrays):
-        parts = [_in_memory(part) for part in parts]
-    return _dataset(*parts, classes=dataset.classes, pad=dataset.pad, flip=dataset.flip, largest=dataset.largest)
+        parts = [in_memory(part) for part in parts]
+    others = {name: value for name, value in vars(dataset).items() if name not in ("train", "test", "mean", "std")}
+    return dataset_of(*parts, **others)
 
 
 def _digits() -> Dataset:
@@ -285,7 +238,7 @@ def _digits() -> Dataset:
     parts = train_test_split(images, labels, test_size=360, random_state=0, stratify=labels)
     train_images, test_images, train_labels, test_labels = parts
     train, test = Arrays(train_images, train_labels), Arrays(test_images, test_labels)
-    return _dataset(train, test, classes=10, pad=0, flip=False, largest=16)
+    return dataset_of(train, test, classes=10, pad=0, flip=False, largest=16)
 
 
 def mnist1d(seed: int | None = None) -> Dataset:
@@ -311,31 +264,11 @@ def mnist1d(seed: int | None = None) -> Dataset:
     for split in ("", "_test"):
         pixels = np.clip(np.rint(128 + 28 * made[f"x{split}"]), 0, 255).astype(np.uint8)
         parts.append(Arrays(pixels.reshape(-1, 1, 40, 1), made[f"y{split}"]))
-    return _dataset(*parts, classes=10, pad=0, flip=False)
+    return dataset_of(*parts, classes=10, pad=0, flip=False)
 
 
 WITHOUT_FILES: dict[str, Callable[[], Dataset]] = {"digits": _digits, "mnist1d": mnist1d}
 """Makers of the data sets that come with a package."""
-
-
-def _dataset(train: Examples, test: Examples, *, classes: int, pad: int, flip: bool, largest: int = 255) -> Dataset:
-    pixels = train.fetch(_spread(len(train)))[0].reshape(-1, train.shape[-1])
-    mean, std = pixels.mean(0, dtype=np.float64), pixels.std(0, dtype=np.float64)
-    return Dataset(train, test, classes, mean, std, pad, flip, largest)
-
-
-def _spread(count: int) -> Int[np.ndarray, " sample"]:
-    return np.unique(np.linspace(0, count - 1, _SAMPLE).astype(int))
-
-
-def _in_memory(examples: Examples) -> Arrays:
-    images = np.empty((len(examples), *examples.shape), np.uint8)
-    labels = np.empty(len(examples), np.int32)
-    rows = np.arange(len(examples))
-    for start in range(0, len(examples), _DECODED_AT_ONCE):
-        part = slice(start, start + _DECODED_AT_ONCE)
-        images[part], labels[part] = examples.fetch(rows[part])
-    return Arrays(images, labels)
 
 
 def _damaged(name: str, folder: Any, data_dir: Path | None, error: Exception) -> str:

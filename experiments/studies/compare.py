@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail, run_program, settings_of
+from experiments.cli import BAD_SETTINGS, FAILED, INTERRUPTED, fail, run_program, say, settings_of
 
 # isort: split
 
@@ -31,6 +31,7 @@ from experiments.config import (
     check_positive,
 )
 from experiments.data import DataError
+from experiments.data.kept import keep
 from experiments.forms import form_named
 from experiments.networks import MODELS, NORMS, ActivationName, check_name
 from experiments.studies.report import write_report
@@ -120,11 +121,14 @@ def main() -> int:
         config.check()
         sides = list(config.sides())
         check_devices(config.training.batch_size)
-        dataset = config.data.load(config.storage)
+        dataset = config.data.load(config.storage, config.training.batch_size)
         config.training.check_batch(dataset)
         for side in sides:
             network_of(side.recipe, side.variation, dataset)
         results = Results(config.workdir / "results.jsonl")
+        keep(config.workdir, config.data.dataset, dataset)
+        if dataset.description:
+            say(dataset.description)
     except (DataError, ValueError, OSError) as error:
         return fail(str(error), BAD_SETTINGS)
     try:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from experiments.data import DATASETS
+from experiments.data.kept import read_kept
 from experiments.forms import WORDS, label_of
 from experiments.studies.results import Results
 from experiments.studies.tables import Place, Runs, Side, Table, arrange, markdown_table
@@ -123,7 +124,8 @@ def write_report(results: Results, workdir: Path, command: str) -> Path:
     opening = won[0] if len(won) == 1 else "\n".join(f"- {sentence}" for sentence in won)
     parts = ["# Comparison", opening, f"Last addition by `{command}`.", _HOW_TO_READ]
     for place, table in tables.items():
-        title, guessing = f"{place.dataset}, {place.model}", 1 / DATASETS[place.dataset]
+        title = f"{place.dataset}, {place.model}"
+        guessing = 1 / (DATASETS.get(place.dataset) or read_kept(workdir, place.dataset).classes)
         parts += [f"## {title}", _recipe(place, table), markdown_table(table)]
         for kind, draw in (("curves", draw_curves), ("rates", draw_rates)):
             picture = workdir / f"{place.file_name}-{kind}.png"
@@ -137,7 +139,8 @@ def write_report(results: Results, workdir: Path, command: str) -> Path:
 def _recipe(place: Place, table: Table) -> str:
     images = "all" if place.train_images is None else f"{place.train_images:,}"
     part = f" of half {place.half}" if place.half else ""
-    size = f", pixels averaged in blocks of {place.pool}x{place.pool}" if place.pool > 1 else ""
+    size = f" of {place.image_size}x{place.image_size} pixels" if place.image_size else ""
+    size += f", pixels averaged in blocks of {place.pool}x{place.pool}" if place.pool > 1 else ""
     seeds = sorted({len(runs.verdict) for column in table.values() for runs in column.values()})
     rates = sorted({rate for column in table.values() for runs in column.values() for rate in runs.by_rate})
     return (

@@ -1,6 +1,7 @@
 """Finished runs as tables: test accuracies with intervals, and differences from the plain activation."""
 
 import dataclasses
+import re
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ class Place(NamedTuple):
     dataset: str
     train_images: int | None
     half: int | None
+    image_size: int | None
     pool: int
     epochs: int
     batch_size: int
@@ -28,7 +30,7 @@ class Place(NamedTuple):
     @property
     def file_name(self) -> str:
         """Short; what is as usual is left out."""
-        return "-".join(str(part) for part in self if part not in (None, "sgd"))
+        return re.sub(r"[^\w.-]+", "_", "-".join(str(part) for part in self if part not in (None, "sgd")))
 
 
 class Side(NamedTuple):

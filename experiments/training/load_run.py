@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 from anact_jax.diagnostics import LayerVariances, variances
 from experiments.cli import say
 from experiments.config import Experiment, changed, read_experiment
-from experiments.data import Dataset
+from experiments.data import DATASETS, Dataset
+from experiments.data.kept import check_kept, read_kept
 from experiments.training.build import make_network
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.steps import TrainState, make_steps
@@ -41,10 +42,11 @@ class TrainedRun(NamedTuple):
     trained: TrainState
 
 
-def load_run(workdir: Path, *, data_dir: Path | None = None, best: bool = False) -> TrainedRun:
+def load_run(workdir: Path, *, data_dir: Path | None = None, best: bool = False, examples: bool = True) -> TrainedRun:
     """The run in a folder, at its last checkpoint, or at the one with the best test accuracy.
 
-    Its data set is read from `data_dir`, by default from where it was at training.
+    Its data set is read from `data_dir`, by default from where it was at training. Where it is a folder of one's own
+    images, those must be the same as at training; without `examples` they are not read, and may be gone.
 
     Raises:
         OSError: there is none.
@@ -55,7 +57,11 @@ def load_run(workdir: Path, *, data_dir: Path | None = None, best: bool = False)
     config = read_experiment(workdir)
     if data_dir is not None:
         config = changed(config, data_dir=data_dir)
-    dataset = config.load_data()
+    if examples or config.recipe.data.dataset in DATASETS:
+        dataset = config.load_data()
+        check_kept(workdir, config.recipe.data.dataset, dataset)
+    else:
+        dataset = read_kept(workdir, config.recipe.data.dataset)
     model = make_network(config.recipe.network, dataset)
     initial = make_steps(model, config.recipe.training, dataset).create(config.recipe.seed, config.recipe.learning_rate)
     with Checkpoints(workdir, config, read_only=True) as checkpoints:

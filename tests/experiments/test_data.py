@@ -17,8 +17,8 @@ from experiments.data import (
     training_batches,
     with_subset,
 )
+from experiments.data.examples import Arrays, DataError, Stored, check_example, dataset_of
 from experiments.data.pipeline import cut_out, shifted, standardize
-from experiments.data.sets import Arrays, DataError, Stored, check_example
 
 ALL_CHANGES = Augmentation(pad=2, flip=True, cutout=3)
 
@@ -252,6 +252,19 @@ def test_training_images_are_standardized(digits):
     colour = with_subset(made_of(noise(500), noise(1)), train=500)
     np.testing.assert_allclose(standardize(colour.train.images, colour).mean((0, 1, 2)), 0, atol=1e-4)
     np.testing.assert_allclose(standardize(colour.train.images, colour).std((0, 1, 2)), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize(("side", "most"), [(32, 10_000), (64, 10_000), (512, 156), (10_000, 1)])
+def test_moments_of_large_images_are_of_few(side, most):
+    class Large(Arrays):
+        def fetch(self, rows):
+            assert len(rows) == most
+            return super().fetch(rows)
+
+    examples = Large(np.full((20_000, 1, 1, 3), 7, np.uint8), np.zeros(20_000, int))
+    examples.shape = (side, side, 3)
+    dataset = dataset_of(examples, examples, classes=2, pad=0, flip=False)
+    np.testing.assert_array_equal(dataset.mean, [7, 7, 7])
 
 
 def test_constant_images_stay_finite():

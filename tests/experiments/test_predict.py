@@ -176,6 +176,19 @@ def test_a_name_of_any_bytes_costs_no_line(tmp_path, run_main, untrained):
     assert names == [str(tmp_path / name) for name in ("0.png", "\\udcff.png", "2.png")]
 
 
+def test_classes_are_printed_by_name(tmp_path, run_main, untrained, monkeypatch):
+    run, file = predict.load_run(untrained), save_digit(tmp_path / "digit.png")
+
+    def printed():
+        return re.search(r": class (.*), probability", run_main(predict, untrained, file)[1].out).group(1)
+
+    number = int(printed())
+    names = tuple(f"number {row}" for row in range(10))
+    named = run._replace(dataset=dataclasses.replace(run.dataset, names=names))
+    monkeypatch.setattr(predict, "load_run", lambda *args, **options: named)
+    assert printed() == f"number {number}"
+
+
 def test_negatives_are_named_and_inverted_when_asked(tmp_path, run_main, untrained):
     light, dark = save_digit(tmp_path / "light.png"), save_digit(tmp_path / "dark.png", negative=True)
 

@@ -16,15 +16,24 @@ from helpers import ROOT
 from tensorflow_datasets.core.download import downloader
 
 from experiments import prepare_data
-from experiments.data import DATASETS, DataError, load, training_batches
-from experiments.data.sets import WITHOUT_FILES, Stored, make_builder
+from experiments.data import DATASETS, DataError, idx_files, load, training_batches
+from experiments.data.examples import Arrays, Stored
+from experiments.data.idx_files import CHECKSUMS, FILES
+from experiments.data.sets import WITHOUT_FILES, make_builder
 from experiments.data.tiny_imagenet import TinyImagenet
 
 STORED = [name for name in DATASETS if name not in WITHOUT_FILES]
+ORIGINALS = list(CHECKSUMS)
 TEST_SPLIT = dict.fromkeys(STORED, "test") | {"tiny_imagenet": "validation"}
 CLASSES = {"cifar100": 100, "tiny_imagenet": len(tiny_archives.WNIDS)}
 
 needs_tensorflow = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow")
+
+
+@pytest.fixture(autouse=True)
+def no_system_folders(monkeypatch):
+    """Whatever packages this machine has."""
+    monkeypatch.setattr(idx_files, "SYSTEM_FOLDERS", {})
 
 
 @pytest.fixture
@@ -100,7 +109,15 @@ def test_all_missing_archives_are_named(run, monkeypatch, archives, data_dir):
         (archives / name).unlink()
     status, _, error = run("mnist", "--from", archives, "--data-dir", data_dir)
     assert status == 1
-    assert error == f"prepare_data.py: missing in {archives}: t10k-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz"
+    missing = "train-labels-idx1-ubyte, t10k-images-idx3-ubyte"
+    assert error == f"prepare_data.py: missing in {archives}: {missing}, each as it is or with .gz"
+    assert not data_dir.exists()
+
+
+def test_missing_archive_for_tensorflow_is_named(run, monkeypatch, archives, data_dir):
+    archives.mkdir()
+    status, _, error = run("cifar10", "--from", archives, "--data-dir", data_dir)
+    assert (status, error) == (1, f"prepare_data.py: missing in {archives}: cifar-10-binary.tar.gz")
     assert not data_dir.exists()
 
 
@@ -114,28 +131,10 @@ def test_wrong_checksum_is_said(run, monkeypatch, archives, data_dir):
     assert not data_dir.exists()
 
 
-@pytest.mark.parametrize("change", ["compressed anew", "other contents", "truncated"])
-def test_an_archive_compressed_anew_is_accepted_for_its_contents(monkeypatch, archives, change):
-    make_original(monkeypatch, "fashion_mnist", archives)
-    builder = make_builder("fashion_mnist", None)
-    archive = archives / "train-labels-idx1-ubyte.gz"
-    contents = gzip.decompress(archive.read_bytes())
-    original = next(info.checksum for url, info in builder.url_infos.items() if url.endswith(archive.name))
-    sha256 = prepare_data.hashlib.sha256(contents).hexdigest()
-    monkeypatch.setitem(prepare_data._SAME_CONTENTS, original, sha256)
-    anew = gzip.compress(contents[:-1] if change == "other contents" else contents, compresslevel=1, mtime=1)
-    archive.write_bytes(anew[:-10] if change == "truncated" else anew)
-    if change == "compressed anew":
-        assert len(prepare_data._find_archives(builder, archives)) == 4
-    else:
-        with pytest.raises(DataError, match="not the original"):
-            prepare_data._find_archives(builder, archives)
-
-
 def test_missing_tensorflow_is_said_in_one_line(run, monkeypatch, archives, data_dir):
-    make_original(monkeypatch, "mnist", archives)
+    make_original(monkeypatch, "cifar10", archives)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    status, _, error = run("mnist", "--from", archives, "--data-dir", data_dir)
+    status, _, error = run("cifar10", "--from", archives, "--data-dir", data_dir)
     assert (status, error) == (
         1,
         "prepare_data.py: preparing needs TensorFlow; install it: pip install -e '.[tfds]'",
@@ -146,7 +145,7 @@ def test_missing_tensorflow_is_said_in_one_line(run, monkeypatch, archives, data
 def test_missing_tensorflow_datasets_is_said_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(DataError, match=r"pip install -e '\.\[experiments\]'"):
-        load("mnist")
+        load("cifar10")
 
 
 # Archives in the original formats, through TensorFlow and back.
@@ -172,22 +171,25 @@ def test_what_was_put_in_is_read_back(run, monkeypatch, archives, data_dir, name
     np.testing.assert_allclose(dataset.std, pixels.std(0))
 
     streamed = load(name, data_dir, memory_limit=0)
-    assert isinstance(streamed.train, Stored)
+    assert isinstance(streamed.train, Arrays if name in ORIGINALS else Stored)
     assert_holds(streamed, contents, name)
 
     status, output, _ = run(name, "--data-dir", data_dir)
     assert status == 0
-    assert output == f"{name} is already prepared in {data_dir / name}/{make_builder(name, data_dir).version}\n"
+    if name in ORIGINALS:
+        assert output == f"{name} needs no preparation, its files are in {data_dir / name}\n"
+    else:
+        assert output == f"{name} is already prepared in {data_dir / name}/{make_builder(name, data_dir).version}\n"
 
 
 @pytest.mark.slow
 @needs_tensorflow
 @pytest.mark.parametrize("folder", ["sizes=[64,64]", "a\\[b]*"])
 def test_data_folders_of_any_name(run, monkeypatch, archives, tmp_path, folder):
-    contents = make_original(monkeypatch, "mnist", archives)
-    status, _, error = run("mnist", "--from", archives, "--data-dir", tmp_path / folder)
+    contents = make_original(monkeypatch, "cifar10", archives)
+    status, _, error = run("cifar10", "--from", archives, "--data-dir", tmp_path / folder)
     assert status == 0, error
-    assert_holds(load("mnist", tmp_path / folder), contents, "mnist")
+    assert_holds(load("cifar10", tmp_path / folder), contents, "cifar10")
 
 
 @needs_tensorflow
@@ -225,7 +227,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @needs_tensorflow
-@pytest.mark.parametrize("name", ["mnist", "cifar10", "tiny_imagenet"])
+@pytest.mark.parametrize("name", ["cifar100", "cifar10", "tiny_imagenet"])
 def test_a_truncated_archive_leaves_nothing(run, monkeypatch, archives, data_dir, name):
     tiny_archives.write(name, archives)
     largest = max(archives.iterdir(), key=lambda path: path.stat().st_size)
@@ -281,7 +283,7 @@ def test_tiny_imagenet_with_parts_missing_is_refused(run, archives, data_dir, da
 
 
 def meet_with(mishap, name, archives, data_dir):
-    command = [sys.executable, str(ROOT / "tests" / "tiny_archives.py"), mishap, name, str(archives), str(data_dir)]
+    command = [sys.executable, str(ROOT / "tests" / "experiments" / "tiny_archives.py"), mishap, name, str(archives), str(data_dir)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -325,38 +327,38 @@ def test_two_processes_do_not_prepare_the_same_data_set(tmp_path):
 @pytest.mark.slow
 @needs_tensorflow
 def test_a_damaged_data_set_is_refused_with_what_to_do(run, monkeypatch, archives, data_dir):
-    make_original(monkeypatch, "mnist", archives)
-    assert run("mnist", "--from", archives, "--data-dir", data_dir)[0] == 0
+    make_original(monkeypatch, "cifar10", archives)
+    assert run("cifar10", "--from", archives, "--data-dir", data_dir)[0] == 0
     for split in ("train", "test"):
-        (records,) = data_dir.glob(f"mnist/*/mnist-{split}*")
+        (records,) = data_dir.glob(f"cifar10/*/cifar10-{split}*")
         whole = records.read_bytes()
         for damaged in (b"", whole[: len(whole) // 2], whole[:-1], whole[:9_000] + b"\0" * 100 + whole[9_100:]):
             records.write_bytes(damaged)
             for memory_limit in (2**30, 0):
                 with pytest.raises(DataError, match=r"cannot be read .*; remove that folder and prepare it again: pyt"):
-                    load("mnist", data_dir, memory_limit)
+                    load("cifar10", data_dir, memory_limit)
         records.write_bytes(whole)
-    (description,) = data_dir.glob("mnist/*/dataset_info.json")
+    (description,) = data_dir.glob("cifar10/*/dataset_info.json")
     text = description.read_text()
     description.write_text(text[:100])
     with pytest.raises(DataError, match="remove that folder"):
-        load("mnist", data_dir)
+        load("cifar10", data_dir)
     description.unlink()
-    with pytest.raises(DataError, match="mnist is not prepared"):
-        load("mnist", data_dir)
-    status, _, error = run("mnist", "--from", archives, "--data-dir", data_dir)
+    with pytest.raises(DataError, match="cifar10 is not prepared"):
+        load("cifar10", data_dir)
+    status, _, error = run("cifar10", "--from", archives, "--data-dir", data_dir)
     assert (status, error) == (
         1,
         f"prepare_data.py: {description.parent} is there but holds no whole data set; remove it first",
     )
     description.write_text(text)
-    load("mnist", data_dir)
+    load("cifar10", data_dir)
     records.unlink()
     with pytest.raises(DataError, match="remove that folder"):
-        load("mnist", data_dir)
-    shutil.rmtree(data_dir / "mnist")
-    assert run("mnist", "--from", archives, "--data-dir", data_dir)[0] == 0
-    load("mnist", data_dir)
+        load("cifar10", data_dir)
+    shutil.rmtree(data_dir / "cifar10")
+    assert run("cifar10", "--from", archives, "--data-dir", data_dir)[0] == 0
+    load("cifar10", data_dir)
 
 
 @pytest.mark.slow
@@ -381,7 +383,7 @@ def test_without_a_folder_the_archive_is_downloaded(run, monkeypatch, archives, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="reads Fashion-MNIST where .ci/run has prepared it")
+@pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="reads Fashion-MNIST where .ci/run has it")
 def test_fashion_mnist_is_the_published_one():
     """In sizes, classes and moments."""
     dataset = load("fashion_mnist")
@@ -393,3 +395,107 @@ def test_fashion_mnist_is_the_published_one():
     np.testing.assert_allclose((dataset.mean[0] / 255, dataset.std[0] / 255), (0.2860, 0.3530), atol=0.002)
     batch = next(training_batches(dataset, 512, seed=0, epochs=1))
     np.testing.assert_allclose((batch.images.mean(), batch.images.std()), (0, 1), atol=0.05)
+
+
+# MNIST and Fashion-MNIST from their original files: neither TensorFlow nor tensorflow-datasets.
+
+
+@pytest.fixture
+def without_tensorflow(monkeypatch):
+    for package in ("tensorflow", "tensorflow_datasets"):
+        monkeypatch.setitem(sys.modules, package, None)
+
+
+def unpack(archives, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in FILES:
+        (folder / file).write_bytes(gzip.decompress((archives / f"{file}.gz").read_bytes()))
+
+
+@pytest.mark.usefixtures("without_tensorflow")
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("mnist", "."), ("mnist", "mnist"), *(("fashion_mnist", f) for f in (".", "fashion-mnist", "fashion_mnist"))],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_original_files_are_read_where_they_are(monkeypatch, archives, data_dir, name, folder, packed):
+    contents = make_original(monkeypatch, name, archives)
+    shutil.copytree(archives, data_dir / folder) if packed else unpack(archives, data_dir / folder)
+    dataset = load(name, data_dir)
+    assert_holds(dataset, contents, name)
+    assert len(dataset.names) == dataset.classes == 10
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    assert_holds(load(name), contents, name)
+
+
+@pytest.mark.usefixtures("without_tensorflow")
+def test_system_folder_is_tried_last(monkeypatch, archives, data_dir):
+    contents = make_original(monkeypatch, "fashion_mnist", archives)
+    monkeypatch.setattr(idx_files, "SYSTEM_FOLDERS", {"fashion_mnist": archives})
+    assert_holds(load("fashion_mnist", data_dir), contents, "fashion_mnist")
+    shutil.copytree(archives, data_dir)
+    (data_dir / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(DataError, match=f"missing in {data_dir}: train-images-idx3-ubyte, each as it is or with .gz"):
+        load("fashion_mnist", data_dir)
+
+
+@pytest.mark.usefixtures("without_tensorflow")
+@pytest.mark.parametrize("change", ["compressed anew", "other contents", "truncated", "not packed"])
+def test_original_files_count_by_their_contents(monkeypatch, archives, change):
+    make_original(monkeypatch, "fashion_mnist", archives)
+    archive = archives / "train-labels-idx1-ubyte.gz"
+    contents = gzip.decompress(archive.read_bytes())
+    anew = gzip.compress(contents[:-1] if change == "other contents" else contents, compresslevel=1, mtime=1)
+    archive.write_bytes({"truncated": anew[:-10], "not packed": contents}.get(change, anew))
+    if change == "compressed anew":
+        load("fashion_mnist", archives)
+    else:
+        with pytest.raises(DataError, match=f"{archive} (is damaged or not the original|cannot be read)"):
+            load("fashion_mnist", archives)
+
+
+def test_mnist_is_not_taken_for_fashion_mnist(monkeypatch, archives):
+    make_original(monkeypatch, "mnist", archives)
+    load("mnist", archives)
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte.gz is damaged or not the original"):
+        load("fashion_mnist", archives)
+
+
+@pytest.mark.usefixtures("without_tensorflow")
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_original_files_are_kept_without_tensorflow(run, monkeypatch, archives, data_dir, name):
+    contents = make_original(monkeypatch, name, archives)
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=archives)
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        monkeypatch.setitem(prepare_data._ADDRESSES, name, f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        downloaded = run(name, "--data-dir", data_dir / "downloaded")
+        copied = run(name, "--from", archives, "--data-dir", data_dir / "copied")
+        (archives / f"{FILES[-1]}.gz").unlink()
+        status, _, error = run(name, "--data-dir", data_dir / "absent")
+        server.shutdown()
+    for outcome, folder in ((downloaded, data_dir / "downloaded"), (copied, data_dir / "copied")):
+        assert outcome == (0, f"{name} is prepared in {folder / name}: 40 train, 16 test\n", "")
+        assert [path.name for path in folder.iterdir()] == [name]
+        assert_holds(load(name, folder), contents, name)
+    assert status == 1
+    assert error == f"prepare_data.py: {name} could not be prepared (HTTPError: HTTP Error 404: File not found)"
+    assert list((data_dir / "absent").iterdir()) == []
+
+
+@needs_tensorflow
+def test_original_files_have_the_prepared_order(run, monkeypatch, archives, data_dir):
+    contents = make_original(monkeypatch, "mnist", archives)
+    tiny_archives.expect_with_tensorflow(monkeypatch, "mnist", archives)
+    prepare_data.make_with_tensorflow("mnist", archives, data_dir)
+    assert "mnist is already prepared in " in run("mnist", "--data-dir", data_dir)[1]
+    prepared, original = load("mnist", data_dir), load("mnist", archives)
+    assert_holds(prepared, contents, "mnist")
+    assert not np.array_equal(original.train.images, contents["train"][0])
+    for one, other in ((prepared.train, original.train), (prepared.test, original.test)):
+        np.testing.assert_array_equal(one.images, other.images)
+        np.testing.assert_array_equal(one.labels, other.labels)
+    assert prepared.names == original.names
+    (data_dir / FILES[0]).write_bytes(b"not to be read: prepared data come first")
+    load("mnist", data_dir)

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
         (["--validation-images", "0"], "validation_images must be at least 1"),
         (["--validation-images", "1437"], "cannot take 0 images for training and 1437 for validation out of 1437"),
         (["--train-images", "32"], "batch_size 64 is larger than the training data, 32 examples"),
-        (["--dataset", "fashion_mnist", "--data-dir", "/nowhere"], "python experiments/prepare_data.py fashion_mnist"),
+        (["--dataset", "cifar10", "--data-dir", "/nowhere"], "python experiments/prepare_data.py cifar10"),
         (["--workdir", "/dev/null/here"], "Not a directory"),
     ],
 )
