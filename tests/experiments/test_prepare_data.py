@@ -283,7 +283,14 @@ def test_tiny_imagenet_with_parts_missing_is_refused(run, archives, data_dir, da
 
 
 def meet_with(mishap, name, archives, data_dir):
-    command = [sys.executable, str(ROOT / "tests" / "experiments" / "tiny_archives.py"), mishap, name, str(archives), str(data_dir)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "experiments" / "tiny_archives.py"),
+        mishap,
+        name,
+        str(archives),
+        str(data_dir),
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
