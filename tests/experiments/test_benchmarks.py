@@ -9,7 +9,7 @@ from experiments.benchmarks.measuring import Spread, ratios, seconds
 from experiments.config import changed
 
 
-def test_cases_are_timed_in_turn_and_compared_round_by_round():
+def test_cases_are_timed_in_turn():
     calls = []
     taken = seconds({name: lambda name=name: calls.append(name) for name in "ab"}, 2)
     assert calls == ["a", "b"] * 3
@@ -18,7 +18,7 @@ def test_cases_are_timed_in_turn_and_compared_round_by_round():
 
 
 @pytest.mark.slow
-def test_for_the_gradient_the_normalized_activation_keeps_its_input_alone():
+def test_backward_pass_keeps_the_input_alone():
     shape, channels = (4, 8, 8, 16), 16
     x = 4 * 8 * 8 * 16 * 4
     kept = {
@@ -33,7 +33,7 @@ def test_for_the_gradient_the_normalized_activation_keeps_its_input_alone():
 
 
 @pytest.mark.slow
-def test_cost_of_the_operation_is_printed_written_and_drawn(run_main, tmp_path, standard_promotion):
+def test_operation_cost_is_printed_and_drawn(run_main, tmp_path, standard_promotion):
     arguments = ("--shapes", "8x16", "--dtypes", "bfloat16", "--networks", "--repeats", "1", "--workdir", tmp_path)
     status, output = run_main(cost, *arguments)
     assert status == 0
@@ -60,7 +60,7 @@ def test_bad_settings_of_the_cost_are_named(arguments, named, refused):
 
 
 @pytest.mark.slow
-def test_a_training_step_goes_on_from_the_last_one_and_its_compilation_is_measured(standard_promotion):
+def test_training_step_goes_on_and_is_timed(standard_promotion):
     network = training_step.NETWORKS["mlp30"]
     network = network._replace(recipe=changed(network.recipe, model="mlp5"), image=(8, 8, 1))
     program = training_step.compiled(network, "NSwish", 8)
@@ -78,7 +78,7 @@ def test_messages_between_devices():
     assert scaling._messages([16, 32], 256) == [(4, 48 * (m + k) + 2), (1, 48 * (m + 1)), (2, 48 * 2)]
 
 
-def test_scaling_counts_messages_and_refuses_unknown_sides(run_main, refused):
+def test_scaling_counts_messages(run_main, refused):
     status, output = run_main(scaling, "--sides")
     assert status == 0
     assert "ResNet-50: 49 activations of 22720 channels; gradient 102 MB" in output.out

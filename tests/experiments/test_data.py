@@ -78,7 +78,7 @@ def test_digits_are_the_same_every_time(digits):
 
 
 @pytest.mark.slow
-def test_mnist1d_is_the_authors_and_leaves_random_numbers_alone():
+def test_mnist1d_is_the_authors():
     np.random.seed(7)
     random.seed(7)
     expected = np.random.random(), random.random()
@@ -95,7 +95,7 @@ def test_mnist1d_is_the_authors_and_leaves_random_numbers_alone():
     np.testing.assert_array_equal(signals.train.labels, made["y"])
 
 
-def test_a_validation_split_is_taken_out_of_the_training_images():
+def test_validation_split_leaves_training_images():
     dataset = made_of(noise(50), noise(7))
     smaller = with_subset(dataset, train=20, validation=10)
     assert (len(smaller.train), len(smaller.test), smaller.classes) == (20, 10, 10)
@@ -110,7 +110,7 @@ def test_a_validation_split_is_taken_out_of_the_training_images():
     np.testing.assert_array_equal(with_subset(dataset, train=20).test.labels, dataset.test.labels)
 
 
-def test_halves_have_nothing_in_common_and_the_first_leaves_the_test_split_alone():
+def test_halves_have_nothing_in_common():
     dataset = made_of(noise(61), noise(7))
     first, second = (with_subset(dataset, half=half) for half in (1, 2))
     choice = with_subset(dataset, half=1, validation=6)
@@ -214,7 +214,7 @@ def test_half_of_the_images_are_mirrored_exactly():
     assert 440 < mirrored.sum() < 560
 
 
-def test_cutout_reaches_every_pixel_and_is_whole_or_at_the_border():
+def test_cutout_reaches_every_pixel():
     dataset = made_of(noise(1000, (7, 9, 3)), noise(1))
     seen, rows = images_seen(dataset, Augmentation(cutout=3))
     blank = (seen == 0).all(-1)
@@ -280,7 +280,7 @@ def order(dataset, batch_size, seed, epochs=1):
     return np.concatenate([batch.labels for batch in training_batches(dataset, batch_size, seed=seed, epochs=epochs)])
 
 
-def test_training_order_depends_on_seed_and_epoch_alone():
+def test_training_order_follows_seed_and_epoch():
     dataset = numbered(50)
     first, second = order(dataset, 8, 0, epochs=2).reshape(2, 48)
     np.testing.assert_array_equal(order(dataset, 8, 0), first)
@@ -352,7 +352,7 @@ def test_first_examples_are_never_filled_up(most, count):
     assert valid.all()
 
 
-def test_evaluation_images_are_standardized_and_not_augmented():
+def test_evaluation_images_are_not_augmented():
     dataset = made_of(noise(1), noise(20), mean=100.0, std=50.0)
     seen = np.concatenate([batch.images for batch in evaluation_batches(dataset, 10)])
     np.testing.assert_allclose(seen * 50 + 100, dataset.test.images, atol=1e-3)
@@ -365,7 +365,7 @@ class Source(list):
         return [self[row] for row in rows]
 
 
-def test_a_part_of_a_stored_data_set_is_not_read_until_it_is_asked_for():
+def test_stored_subset_is_read_on_demand():
     class Unread(Source):
         def __getitems__(self, rows):
             assert len(rows) < 10

@@ -98,7 +98,7 @@ def test_unknown_name_and_digits(run):
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_what_is_not_prepared_is_said_with_the_command_that_prepares_it(name, data_dir):
+def test_unprepared_data_names_the_command(name, data_dir):
     with pytest.raises(DataError, match=f"is not prepared.*python experiments/prepare_data.py {name} --data-dir"):
         load(name, data_dir)
 
@@ -142,7 +142,7 @@ def test_missing_tensorflow_is_said_in_one_line(run, monkeypatch, archives, data
     assert not data_dir.exists()
 
 
-def test_missing_tensorflow_datasets_is_said_in_one_line(monkeypatch):
+def test_missing_tfds_is_said_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(DataError, match=r"pip install -e '\.\[experiments\]'"):
         load("cifar10")
@@ -193,7 +193,7 @@ def test_data_folders_of_any_name(run, monkeypatch, archives, tmp_path, folder):
 
 
 @needs_tensorflow
-def test_reading_takes_no_tensorflow_and_workers_stream_the_same_batches(run, monkeypatch, archives, data_dir):
+def test_reading_takes_no_tensorflow(run, monkeypatch, archives, data_dir):
     make_original(monkeypatch, "tiny_imagenet", archives)
     assert run("tiny_imagenet", "--from", archives, "--data-dir", data_dir)[0] == 0
     code = f"""
@@ -309,7 +309,7 @@ def test_a_full_disk_leaves_nothing(archives, data_dir, name):
 
 @pytest.mark.slow
 @needs_tensorflow
-def test_a_killed_run_leaves_nothing_that_counts_and_the_next_one_tidies_up(run, monkeypatch, archives, data_dir):
+def test_killed_preparation_leaves_nothing(run, monkeypatch, archives, data_dir):
     contents = make_original(monkeypatch, "tiny_imagenet", archives)
     process = meet_with("killed", "tiny_imagenet", archives, data_dir)
     assert process.returncode == -signal.SIGKILL, process.stderr
@@ -322,7 +322,7 @@ def test_a_killed_run_leaves_nothing_that_counts_and_the_next_one_tidies_up(run,
     assert_holds(load("tiny_imagenet", data_dir), contents, "tiny_imagenet")
 
 
-def test_two_processes_do_not_prepare_the_same_data_set(tmp_path):
+def test_one_process_prepares_a_data_set(tmp_path):
     folder = tmp_path / "work"
     with prepare_data._workspace(folder):
         with pytest.raises(DataError, match="another process"), prepare_data._workspace(folder):

@@ -36,7 +36,7 @@ def gains_at(names, forward):
     ]
 
 
-def test_gains_share_an_axis_with_a_line_at_1_and_those_at_one_place_are_joined():
+def test_gains_share_an_axis_with_a_line_at_1():
     blocks = [f"Block_{block}/ANAct_{index}" for block in range(3) for index in range(2)]
     figure = draw({"residual": gains_at(blocks, range(1, 7)), "chain": gains_at(["ANAct_0", "ANAct_1"], [1.0, 3.0])})
     residual, chain = figure.axes
@@ -72,7 +72,7 @@ def test_ticks_are_plain_numbers():
     assert panel.yaxis.get_minorticklocs().size == 0
 
 
-def test_gains_over_training_have_a_panel_for_each_number():
+def test_gains_over_training_have_panels():
     rows = gains_at(["NSwish"], [1.0])
     figure = draw({0: rows, 1: [rows[0]._replace(shift=-rows[0].shift, factor=20 * rows[0].factor)]}, over="training")
     titles = [panel.get_title() for panel in figure.axes]
@@ -95,7 +95,7 @@ def test_what_cannot_be_drawn_is_named(records, over, error, message, unchecked_
         draw(records, over=over)
 
 
-def test_without_matplotlib_pictures_say_what_to_install(monkeypatch):
+def test_missing_matplotlib_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         draw({0: rows_at(0)})
