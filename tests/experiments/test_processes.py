@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from experiments.config import Experiment, changed
 from experiments.training.build import make_network
@@ -49,7 +51,8 @@ def test_two_processes_train_as_one(tmp_path):
 
     def run(index, count, name):
         arguments = map(str, (index, count, port, tmp_path / name))
-        return subprocess.Popen([sys.executable, "-m", "tests.test_processes", *arguments])
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        return subprocess.Popen([sys.executable, __file__, *arguments], env=os.environ | {"PYTHONPATH": paths})
 
     for processes in ([run(0, 2, "two.npz"), run(1, 2, "two.npz")], [run(0, 1, "one.npz")]):
         assert [process.wait(timeout=500) for process in processes] == [0] * len(processes)

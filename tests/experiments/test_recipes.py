@@ -58,10 +58,8 @@ def test_a_recipe_takes_two_steps_at_full_shape(name):
 
 def traced_step(name, sharding=None):
     """The training step of a recipe in bfloat16, at its full shapes."""
-    config = changed(RECIPES[name].config, dtype="bfloat16")
-    return training_step.traced(
-        config, SHAPES[config.recipe.data.dataset], DATASETS[config.recipe.data.dataset], sharding
-    )
+    recipe = changed(RECIPES[name].config.recipe, dtype="bfloat16")
+    return training_step.traced(recipe, SHAPES[recipe.data.dataset], DATASETS[recipe.data.dataset], sharding)
 
 
 @pytest.mark.slow
