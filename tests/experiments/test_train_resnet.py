@@ -333,7 +333,7 @@ def test_plain_activation_is_trained_beside(tmp_path, run_main):
 
 @pytest.mark.slow
 def test_a_plain_activation_that_diverges_ends_nothing(tmp_path, run_main):
-    arguments = ("--model", "resmlp100", "--epochs", "1", "--learning-rate", "0.5", "--train-images", "256")
+    arguments = ("--model", "resmlp48", "--epochs", "1", "--learning-rate", "0.5", "--train-images", "256")
     status, output = run_main(train_resnet, *arguments, "--warmup-epochs", "0", "--workdir", str(tmp_path))
     assert status == 0
     assert "swish: diverged in the first epoch, nswish: 0." in output.out

@@ -167,7 +167,7 @@ def test_rows_with_settings_of_old_are_found(tmp_path, old):
 def test_two_studies_in_one_file_cut_no_line(tmp_path):
     path = tmp_path / "results.jsonl"
     program = (
-        "import sys; sys.path[:0] = ['tests', 'tests/studies']; from test_compare import *\n"
+        "import sys; sys.path[:0] = ['tests', 'tests/studies']; from pathlib import Path; from test_compare import *\n"
         "results = Results(Path(sys.argv[1]))\n"
         "for seed in range(100): results.add(cell(seed, float(sys.argv[2])), outcome(0.5, 0.6) | {'long': 'x' * 9000})"
     )
