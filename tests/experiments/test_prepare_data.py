@@ -25,6 +25,7 @@ from experiments.data.tiny_imagenet import TinyImagenet
 STORED = [name for name in DATASETS if name not in WITHOUT_FILES]
 ORIGINALS = list(CHECKSUMS)
 TEST_SPLIT = dict.fromkeys(STORED, "test") | {"tiny_imagenet": "validation"}
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = {"cifar100": 100, "tiny_imagenet": len(tiny_archives.WNIDS)}
 
 needs_tensorflow = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow")
@@ -390,10 +391,10 @@ def test_without_a_folder_the_archive_is_downloaded(run, monkeypatch, archives, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="reads Debian's files")
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="reads the files of Debian's package")
 def test_fashion_mnist_is_the_published_one():
     """In sizes, classes and moments."""
-    dataset = load("fashion_mnist")
+    dataset = load("fashion_mnist", DEBIAN)
     assert (len(dataset.train), len(dataset.test), dataset.classes) == (60_000, 10_000, 10)
     np.testing.assert_array_equal(np.bincount(dataset.train.labels), 6_000)
     np.testing.assert_array_equal(np.bincount(dataset.test.labels), 1_000)
