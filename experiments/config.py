@@ -347,9 +347,7 @@ class Experiment:
 
     def load_data(self) -> Dataset:
         """See `Data.load`; ValueError too where the training data do not fill a batch."""
-        dataset = self.recipe.data.load(self.storage, self.recipe.training.batch_size)
-        self.recipe.training.check_batch(dataset)
-        return dataset
+        return load_for(self.recipe.data, self.recipe.training, self.storage)
 
     def to_json(self) -> str:
         """All settings, readable."""
@@ -379,6 +377,13 @@ class Experiment:
                 f"{where} holds a run with other settings: {'; '.join(differing)}; "
                 "give another --workdir, or the settings of that run"
             )
+
+
+def load_for(data: Data, training: Training, storage: Storage) -> Dataset:
+    """See `Data.load`; ValueError too where the training data do not fill a batch."""
+    dataset = data.load(storage, training.batch_size)
+    training.check_batch(dataset)
+    return dataset
 
 
 def flat(settings: Any) -> dict[str, Any]:

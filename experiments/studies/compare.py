@@ -29,6 +29,7 @@ from experiments.config import (
     Training,
     check_at_least,
     check_positive,
+    load_for,
 )
 from experiments.data import DataError
 from experiments.data.kept import keep
@@ -121,8 +122,7 @@ def main() -> int:
         config.check()
         sides = list(config.sides())
         check_devices(config.training.batch_size)
-        dataset = config.data.load(config.storage, config.training.batch_size)
-        config.training.check_batch(dataset)
+        dataset = load_for(config.data, config.training, config.storage)
         for side in sides:
             network_of(side.recipe, side.variation, dataset)
         results = Results(config.workdir / "results.jsonl")

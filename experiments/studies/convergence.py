@@ -34,6 +34,7 @@ from experiments.config import (
     Training,
     check_at_least,
     check_positive,
+    load_for,
 )
 from experiments.data import DataError, Dataset, training_batches
 from experiments.forms import form_named
@@ -152,8 +153,7 @@ def main() -> int:
     try:
         config.check()
         check_devices(config.training.batch_size)
-        dataset = config.data.load(config.storage)
-        config.training.check_batch(dataset)
+        dataset = load_for(config.data, config.training, config.storage)
         networks = config.networks()
         results = Results(config.workdir / "results.jsonl")
     except (DataError, ValueError, OSError) as error:

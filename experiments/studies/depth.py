@@ -29,7 +29,7 @@ from experiments.config import Recipe, Storage, changed
 from experiments.data import DataError, Dataset
 from experiments.data.sets import mnist1d, with_subset
 from experiments.networks import Layers, make_layers, make_model
-from experiments.studies.results import Cell, Results, Splits, rounded, train_together
+from experiments.studies.results import Cell, Results, Splits, load_splits, rounded, run_pending
 from experiments.studies.vmapped_training import for_ensemble
 from experiments.training.steps import Steps, TrainState, make_steps
 
@@ -80,33 +80,35 @@ class Place(NamedTuple):
     activation: str
 
 
-def nu(f: Activation, std: float) -> float:
+def nu(f: Activation, std: float | Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """`E[f'^2] Var[x] / Var[f] - 1` for x ~ N(0, std^2)."""
-    stats = gaussian_stats(f, 0.0, std)
-    return float(jnp.maximum(stats.slope_sq * std**2 / stats.var_out - 1, 0))
+    stats = gaussian_stats(f, 0.0, jnp.asarray(std, jnp.float32))
+    return np.asarray(jnp.maximum(stats.slope_sq * std**2 / stats.var_out - 1, 0))
 
 
-def spent(f: Activation, model: str, std: float) -> float:
+def spent(f: Activation, model: str, std: float | Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """The sum of nu over the activations of a network whose normalized activations have this output deviation.
 
     In a chain each layer sees the scale std. In `x + f(Wx)` block k sees `std sqrt(1 + k)`, and adds `1 / (1 + k)` of
     the variance.
     """
     if model in CHAINS:
-        return CHAINS[model] * nu(f, std)
-    return sum(nu(f, std * math.sqrt(1 + k)) / (1 + k) for k in range(BLOCKS[model]))
+        return np.asarray(CHAINS[model] * nu(f, std))
+    variances = 1 + np.arange(BLOCKS[model])
+    shares = nu(f, np.multiply.outer(std, np.sqrt(variances))) / variances
+    return np.asarray(shares.sum(axis=-1))
 
 
 def has_scale(f: Activation) -> bool:
     """Whether nu falls with the scale of the input, so that a smaller deviation can lower it."""
-    return nu(f, 0.05) < 0.5 * nu(f, 1.0)
+    return bool(nu(f, 0.05) < 0.5 * nu(f, 1.0))
 
 
 def predicted(f: Activation, model: str, budget: float) -> float:
     """The largest deviation in [0.05, 2] up to which no more than the budget is spent."""
     grid = np.geomspace(0.05, 2.0, 200)
-    within = list(itertools.takewhile(lambda std: spent(f, model, std) <= budget, grid))
-    return float(within[-1]) if within else 0.05
+    exceeds = np.append(spent(f, model, grid) > budget, True)
+    return float(grid[max(0, int(np.argmax(exceeds)) - 1)])
 
 
 def limit(model: str, budget: float) -> float:
@@ -242,10 +244,7 @@ def splits_of(place: Place, part: str, storage: Storage) -> Splits:
         whole = mnist1d(SIGNALS[part])
         chosen_on = with_subset(whole, train=recipe.data.train_images, validation=recipe.data.validation_images)
         return Splits(chosen_on, dataclasses.replace(chosen_on, test=whole.test))
-    data = recipe.data
-    test = dataclasses.replace(data, train_images=None, validation_images=0).load(storage).test
-    chosen_on = data.load(storage)
-    return Splits(chosen_on, dataclasses.replace(chosen_on, test=test))
+    return load_splits(recipe.data, storage)
 
 
 def run_curve(place: Place, part: str, budget: float, results: Results, storage: Storage) -> str:
@@ -253,27 +252,21 @@ def run_curve(place: Place, part: str, budget: float, results: Results, storage:
     tried = forms(place, budget)
     first, *others = SEEDS[part]
     start = time.perf_counter()
-    data = splits_of(place, part, storage)
     f = ACTIVATIONS[place.activation]
-    model = network_of(place, data.chosen_on)
 
-    def run(cells: list[Cell]) -> None:
-        cells = [cell for cell in cells if results.get(cell) is None]
-        if not cells:
-            return
+    def compiled(cells: list[Cell]) -> tuple[Splits, Steps]:
+        data = splits_of(place, part, storage)
+        model = network_of(place, data.chosen_on)
         chosen = [form for cell in cells if isinstance(form := cell.recipe.network.form.chosen, Standardized)]
-        began = time.perf_counter()
-        steps = with_forms(make_steps(model, cells[0].recipe.training, data.chosen_on, together=True), f, chosen)
-        outcomes = train_together(steps, data, cells)
-        for cell, outcome in zip(cells, outcomes, strict=True):
-            results.add(cell, outcome | {"seconds": rounded((time.perf_counter() - began) / len(cells))})
+        steps = make_steps(model, cells[0].recipe.training, data.chosen_on, together=True)
+        return data, with_forms(steps, f, chosen)
 
-    run(cells_of(place, part, tried, RATES, [first]))
+    run_pending(cells_of(place, part, tried, RATES, [first]), results, compiled)
     rest = []
     for form in tried:
         rate = best_rate(place, part, form, results)
         rest += cells_of(place, part, [form], [rate], others)
-    run(rest)
+    run_pending(rest, results, compiled)
     means = [
         np.mean([results.get(cell)["test_accuracy"] for cell in cells_of(place, part, [form], [rate], SEEDS[part])])  # type: ignore[index]
         for form in tried
